@@ -1,0 +1,48 @@
+"""One batch, as data yields it and models take it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+__all__ = ["Sample"]
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """A batch of examples.
+
+    Attributes:
+        codes: base codes, uint8 ``(batch, length)``, padded at the right with PAD.
+        lengths: true lengths, int64 ``(batch,)``.
+        row: which region each example is, int64 ``(batch,)``.
+        targets: squashed targets, float32 ``(batch, tracks, bins)``; zero where the mask is False.
+        mask: bool, same shape as ``targets``: True where a target is known.
+        covariates: named values that a head may use, float32 ``(batch, values)``.
+    """
+
+    codes: Tensor
+    lengths: Tensor
+    row: Tensor
+    targets: Tensor
+    mask: Tensor
+    covariates: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return int(self.codes.shape[0])
+
+    def to(self, device: torch.device | str) -> Sample:
+        return replace(
+            self,
+            codes=self.codes.to(device),
+            lengths=self.lengths.to(device),
+            row=self.row.to(device),
+            targets=self.targets.to(device),
+            mask=self.mask.to(device),
+            covariates={name: values.to(device) for name, values in self.covariates.items()},
+        )
