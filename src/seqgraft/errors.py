@@ -20,8 +20,8 @@ __all__ = ["ConfigError", "DataError", "ModelError", "Problems", "RunError", "Se
 class SeqgraftError(Exception):
     """A message of four parts: where, what is wrong, the value, what to do.
 
-    ``DataError("the file has no chromosome", "chr8", where="tracks.csv row 14", remedy="Use names that match the FASTA")``
-    reads ``tracks.csv row 14: the file has no chromosome: 'chr8'. Use names that match the FASTA.``
+    ``DataError("the file has no chromosome", "chr8", where="tracks.csv row 14", remedy="Use the FASTA's names")``
+    reads ``tracks.csv row 14: the file has no chromosome: 'chr8'. Use the FASTA's names.``
     """
 
     exit_code: ClassVar[int] = 1

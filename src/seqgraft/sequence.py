@@ -19,7 +19,18 @@ import numpy.typing as npt
 
 from seqgraft.errors import DataError
 
-__all__ = ["COMPLEMENT", "N", "ONE_HOT", "PAD", "Codes", "count_unknown", "decode", "encode", "one_hot", "reverse_complement"]
+__all__ = [
+    "COMPLEMENT",
+    "ONE_HOT",
+    "PAD",
+    "Codes",
+    "N",
+    "count_unknown",
+    "decode",
+    "encode",
+    "one_hot",
+    "reverse_complement",
+]
 
 Codes = npt.NDArray[np.uint8]
 
