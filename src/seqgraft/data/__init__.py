@@ -1,0 +1,31 @@
+"""Sources of data; each ends in one prepared dataset.
+
+To add one, write a frozen dataclass with its settings and a function ``prepare_...(source, folder) -> Dataset``, and
+list both in ``SOURCES``; the contract tests run on every entry.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from seqgraft.data.coverage import CoverageSource, prepare_coverage
+from seqgraft.data.dataset import Dataset, open_dataset
+from seqgraft.data.labelled import LabelledSource, prepare_labelled
+from seqgraft.data.peaks import PeakSource, prepare_peaks
+
+__all__ = ["SOURCES", "Dataset", "open_dataset", "prepare_source"]
+
+#: Kind, as written in a ``prepare`` file -> settings and function.
+SOURCES: dict[str, tuple[type, Callable[[Any, Path], Dataset]]] = {
+    "coverage": (CoverageSource, prepare_coverage),
+    "labelled": (LabelledSource, prepare_labelled),
+    "peaks": (PeakSource, prepare_peaks),
+}
+
+
+def prepare_source(source: object, folder: Path) -> Dataset:
+    """Prepares a dataset from the settings of any source, into a new folder."""
+    functions = dict(SOURCES.values())
+    return functions[type(source)](source, folder)

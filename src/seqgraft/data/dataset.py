@@ -1,0 +1,419 @@
+"""The prepared dataset: one format that every source ends in and every model reads.
+
+::
+
+    NAME/
+      dataset.json       format version, kind, window, bins, bin size, genome, sources with hashes, settings, notes
+      regions.parquet    one row per region: chrom, start, end (target interval, 0-based half-open), strand, name, fold
+      tracks.parquet     the track table
+      targets.npy        float32 (regions, tracks, bins): raw sums per bin, before scale, clip and squash
+      mask.npy           bool, the same shape, where labels are missing or masked
+      codes.npy          uint8 (regions, window), and lengths.npy, for sequences without a genome
+      covariates.parquet one row per region
+
+Scale, clip and squash live in the track table and apply on read, so changing them never touches the targets.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+
+from seqgraft.data.augment import FORWARD, View
+from seqgraft.errors import ConfigError, DataError, Problems, RunError
+from seqgraft.genome import Genome, Interval
+from seqgraft.sample import Sample
+from seqgraft.sequence import Codes, reverse_complement
+from seqgraft.tracks import TrackTable, squash
+
+__all__ = ["FORMAT_VERSION", "Dataset", "DatasetInfo", "hash_file", "new_folder", "open_dataset", "write_dataset"]
+
+FORMAT_VERSION = 1
+REGION_COLUMNS = ("chrom", "start", "end", "strand", "name", "fold")
+
+
+@dataclass(frozen=True)
+class DatasetInfo:
+    """What ``dataset.json`` says.
+
+    Attributes:
+        kind: the source that made it ("coverage", "labelled", ...).
+        window: length in bp of the sequence a model sees, centred on the target interval.
+        bins: bins per region; ``bins * bin_size`` is the length of the target interval.
+        bin_size: bp per bin (for labels: the window, since a label is a track with one bin).
+        genome: ``{"path", "hash"}`` of the FASTA, or None where sequences are stored in ``codes.npy``.
+        sources: one ``{"path", "sha256", "bytes"}`` per file read.
+        settings: the resolved configuration of the source.
+        notes: what preparation found: skipped regions with reasons, the duplicate report, unknown bases, ...
+    """
+
+    kind: str
+    window: int
+    bins: int
+    bin_size: int
+    genome: Mapping[str, str] | None = None
+    sources: Sequence[Mapping[str, Any]] = ()
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    notes: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A prepared dataset, open for reading; arrays are memory-mapped."""
+
+    folder: Path
+    info: DatasetInfo
+    tracks: TrackTable
+    regions: pd.DataFrame
+    targets: npt.NDArray[np.float32]
+    mask: npt.NDArray[np.bool_] | None
+    genome: Genome | None
+    codes: Codes | None
+    lengths: npt.NDArray[np.int64] | None
+    covariates: pd.DataFrame | None
+
+    def __len__(self) -> int:
+        return len(self.regions)
+
+    @property
+    def hash(self) -> str:
+        """Identifies the content: what was read, how, and into which regions and tracks."""
+        text = (self.folder / "dataset.json").read_bytes() + self.tracks.to_frame().to_csv().encode()
+        return hashlib.sha256(text).hexdigest()
+
+    def rows(self, fold: str) -> npt.NDArray[np.int64]:
+        """Row numbers of a fold, in the order of the regions.
+
+        Raises:
+            ConfigError: the dataset has no such fold.
+        """
+        found = np.flatnonzero(self.regions["fold"].to_numpy() == fold)
+        if not found.size:
+            raise ConfigError(
+                "no region is in the fold",
+                fold,
+                where=self.folder,
+                remedy=f"This dataset has the folds {sorted(set(self.regions['fold']))}",
+            )
+        return found
+
+    def select_tracks(self, tracks: TrackTable) -> Dataset:
+        """The same data with another track table of the same names (a subset, another scale, clip or squash)."""
+        names = list(self.tracks.names)
+        index = [names.index(name) for name in tracks.names]
+        whole = index == list(range(len(names)))
+        return replace(
+            self,
+            tracks=tracks,
+            targets=self.targets if whole else self.targets[:, index],
+            mask=self.mask if whole or self.mask is None else self.mask[:, index],
+        )
+
+    def interval(self, row: int, window: int | None = None) -> Interval:
+        """The sequence window of a region: ``window`` bp centred on its target interval."""
+        region = self.regions.iloc[row]
+        return Interval(str(region["chrom"]), int(region["start"]), int(region["end"])).resize(
+            window or self.info.window
+        )
+
+    def sequences(
+        self,
+        rows: Sequence[int] | npt.NDArray[np.int64],
+        views: Sequence[View] | None = None,
+        window: int | None = None,
+    ) -> tuple[Codes, npt.NDArray[np.int64]]:
+        """Base codes ``(rows, length)`` and true lengths ``(rows,)`` of regions, each in its view."""
+        views = views or [FORWARD] * len(rows)
+        if self.codes is not None and self.lengths is not None:
+            lengths = np.asarray(self.lengths[rows], dtype=np.int64)
+            codes = np.asarray(self.codes[rows])[:, : int(lengths.max(initial=1))]
+        else:
+            assert self.genome is not None  # one of the two is always there: open_dataset checks it
+            intervals = [
+                self.interval(int(row), window).shift(view.shift) for row, view in zip(rows, views, strict=True)
+            ]
+            strands = self.regions["strand"].to_numpy()[np.asarray(rows)]
+            codes = np.stack([self.genome.codes(interval) for interval in intervals])
+            lengths = np.full(len(codes), codes.shape[1], dtype=np.int64)
+            minus = strands == "-"
+            codes[minus] = reverse_complement(codes[minus])
+        reverse = np.array([view.reverse for view in views])
+        if reverse.any():
+            codes = codes.copy()
+            codes[reverse] = reverse_complement(codes[reverse], lengths[reverse])
+        return codes, lengths
+
+    def raw_targets(self, rows: Sequence[int] | npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
+        """Raw sums per bin ``(rows, tracks, bins)``; NaN where missing or masked."""
+        raw = np.array(self.targets[rows], dtype=np.float32)
+        if self.mask is not None:
+            raw[~np.asarray(self.mask[rows])] = np.nan
+        return raw
+
+    def squashed_targets(self, rows: Sequence[int] | npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
+        """Targets as the model sees them ``(rows, tracks, bins)``; NaN where missing or masked."""
+        return np.asarray(squash(self.raw_targets(rows), self.tracks, self.info.bin_size), dtype=np.float32)
+
+    def sample(
+        self,
+        rows: Sequence[int] | npt.NDArray[np.int64],
+        views: Sequence[View] | None = None,
+        window: int | None = None,
+    ) -> Sample:
+        """A batch of torch tensors; on the other strand the bins turn round and the strand pairs change places."""
+        import torch
+
+        codes, lengths = self.sequences(rows, views, window)
+        targets = self.squashed_targets(rows)
+        if views is not None:
+            reverse = np.array([view.reverse for view in views])
+            targets[reverse] = targets[reverse][:, self.tracks.permutation, ::-1]
+        known = ~np.isnan(targets)
+        covariates: dict[str, torch.Tensor] = {}
+        if self.covariates is not None:
+            values = self.covariates.iloc[np.asarray(rows)].to_numpy(dtype=np.float32, copy=True)
+            covariates["covariates"] = torch.from_numpy(values)
+        return Sample(
+            codes=torch.from_numpy(np.ascontiguousarray(codes)),
+            lengths=torch.from_numpy(lengths),
+            row=torch.from_numpy(np.asarray(rows, dtype=np.int64)),
+            targets=torch.from_numpy(np.where(known, targets, np.float32(0))),
+            mask=torch.from_numpy(known),
+            covariates=covariates,
+        )
+
+
+def hash_file(path: Path) -> dict[str, Any]:
+    """``{"path", "sha256", "bytes"}`` of a source file, as recorded in ``dataset.json``."""
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return {"path": str(path.resolve()), "sha256": digest, "bytes": path.stat().st_size}
+
+
+@contextmanager
+def new_folder(folder: Path, *, replace_existing: bool = False) -> Iterator[Path]:
+    """Builds a folder in a hidden temporary sibling and publishes it by rename: nobody ever sees a half-written one.
+
+    Raises:
+        RunError: the folder exists (unless ``replace_existing``), cannot be written, or the disk is full.
+    """
+    folder = Path(folder)
+    if folder.exists() and not replace_existing:
+        raise RunError("the output folder exists already", str(folder), remedy="Choose another name or remove it first")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        building = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    except OSError as error:
+        raise RunError(
+            f"the output folder cannot be made ({error.strerror})",
+            str(folder),
+            remedy="Choose a folder that you can write to",
+        ) from error
+    try:
+        yield building
+        building.chmod(0o777 & ~_umask())
+        if folder.exists():
+            retired = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+            folder.rename(retired / "old")
+            building.rename(folder)
+            shutil.rmtree(retired)
+        else:
+            building.rename(folder)
+    except OSError as error:
+        raise RunError(
+            f"the output could not be written ({error.strerror})",
+            str(folder),
+            remedy="Free some disk space or check permissions; nothing was left behind",
+        ) from error
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+@contextmanager
+def write_dataset(folder: Path, shape: tuple[int, int, int]) -> Iterator[DatasetWriter]:
+    """Writes a prepared dataset of ``shape`` (regions, tracks, bins); nothing is left behind if it fails."""
+    with new_folder(folder) as building:
+        targets = np.lib.format.open_memmap(building / "targets.npy", mode="w+", dtype=np.float32, shape=shape)
+        if hasattr(os, "posix_fallocate"):  # a sparse file on a full disk would kill the process at some later write
+            with (building / "targets.npy").open("r+b") as file:
+                os.posix_fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_size)
+        targets = np.lib.format.open_memmap(building / "targets.npy", mode="w+", dtype=np.float32, shape=shape)
+        if hasattr(os, "posix_fallocate"):  # a sparse file on a full disk would kill the process at some later write
+            with (building / "targets.npy").open("r+b") as file:
+                os.posix_fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_size)
+        yield DatasetWriter(building, targets)
+
+
+@dataclass(frozen=True)
+class DatasetWriter:
+    """Targets to fill (a memory map of raw sums), then one call of ``finish``."""
+
+    folder: Path
+    targets: npt.NDArray[np.float32]
+
+    def finish(
+        self,
+        info: DatasetInfo,
+        regions: pd.DataFrame,
+        tracks: TrackTable,
+        *,
+        mask: npt.NDArray[np.bool_] | None = None,
+        codes: Codes | None = None,
+        lengths: npt.NDArray[np.int64] | None = None,
+        covariates: pd.DataFrame | None = None,
+    ) -> None:
+        """Writes the tables beside the targets. NaN targets need no mask: they are missing."""
+        missing = [column for column in REGION_COLUMNS if column not in regions]
+        assert not missing, f"regions lack the columns {missing}"
+        assert self.targets.shape == (len(regions), len(tracks), info.bins)
+        if isinstance(self.targets, np.memmap):
+            self.targets.flush()
+        regions.reset_index(drop=True).to_parquet(self.folder / "regions.parquet")
+        tracks.to_frame().to_parquet(self.folder / "tracks.parquet")
+        if mask is not None and not mask.all():
+            np.save(self.folder / "mask.npy", mask)
+        if codes is not None and lengths is not None:
+            np.save(self.folder / "codes.npy", codes)
+            np.save(self.folder / "lengths.npy", np.asarray(lengths, dtype=np.int64))
+        if covariates is not None:
+            covariates.reset_index(drop=True).to_parquet(self.folder / "covariates.parquet")
+        write_json(
+            self.folder / "dataset.json",
+            {"format": "seqgraft-dataset", "format_version": FORMAT_VERSION, **asdict(info)},
+        )
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Writes readable JSON by rename."""
+    building = path.with_name(f".{path.name}.part")
+    building.write_text(json.dumps(content, indent=2, default=str) + "\n")
+    os.replace(building, path)
+
+
+def open_dataset(folder: Path | str) -> Dataset:
+    """Opens a prepared dataset and checks that its parts belong together.
+
+    Raises:
+        ConfigError: not a prepared dataset, or one of another format version.
+        DataError: a part is missing, truncated or of another shape; the genome has changed.
+    """
+    folder = Path(folder)
+    info, content = _read_info(folder)
+    problems = Problems(DataError)
+    arrays: dict[str, Any] = {}
+    for name in ("targets", "mask", "codes", "lengths"):
+        path = folder / f"{name}.npy"
+        if path.exists():
+            try:
+                arrays[name] = np.load(path, mmap_mode="r", allow_pickle=False)
+            except (ValueError, OSError, EOFError) as error:
+                problems.add(
+                    f"the array cannot be read ({error})", path.name, where=folder, remedy="Prepare the dataset again"
+                )
+        elif name == "targets":
+            problems.add("the dataset has no targets", path.name, where=folder, remedy="Prepare the dataset again")
+    tables: dict[str, pd.DataFrame] = {}
+    for name in ("regions", "tracks", "covariates"):
+        path = folder / f"{name}.parquet"
+        if path.exists():
+            try:
+                tables[name] = pd.read_parquet(path)
+            except (ValueError, OSError) as error:
+                problems.add(
+                    f"the table cannot be read ({error})", path.name, where=folder, remedy="Prepare the dataset again"
+                )
+        elif name != "covariates":
+            problems.add("the dataset lacks a table", path.name, where=folder, remedy="Prepare the dataset again")
+    problems.raise_if_any()
+    tracks = TrackTable.of(tables["tracks"])
+    expected = (len(tables["regions"]), len(tracks), info.bins)
+    for name in ("targets", "mask"):
+        if name in arrays and arrays[name].shape != expected:
+            problems.add(
+                f"{name}.npy has another shape than the tables say, {expected}",
+                arrays[name].shape,
+                where=folder,
+                remedy="Prepare the dataset again",
+            )
+    if info.genome is None and not {"codes", "lengths"} <= arrays.keys():
+        problems.add(
+            "the dataset has neither a genome nor stored sequences", where=folder, remedy="Prepare the dataset again"
+        )
+    problems.raise_if_any()
+    return Dataset(
+        folder=folder,
+        info=info,
+        tracks=tracks,
+        regions=tables["regions"],
+        targets=arrays["targets"],
+        mask=arrays.get("mask"),
+        genome=_open_genome(folder, content["genome"]),
+        codes=arrays.get("codes"),
+        lengths=arrays.get("lengths"),
+        covariates=tables.get("covariates"),
+    )
+
+
+def _read_info(folder: Path) -> tuple[DatasetInfo, dict[str, Any]]:
+    path = folder / "dataset.json"
+    try:
+        content = json.loads(path.read_text())
+    except FileNotFoundError as error:
+        raise ConfigError(
+            "this is not a prepared dataset", str(folder), remedy="Make one with 'seqgraft prepare data.yaml FOLDER'"
+        ) from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"the file is not valid JSON ({error})", where=path, remedy="Prepare the dataset again"
+        ) from error
+    if content.get("format") != "seqgraft-dataset":
+        raise ConfigError("the file does not describe a prepared dataset", content.get("format"), where=path)
+    if content.get("format_version") != FORMAT_VERSION:
+        raise ConfigError(
+            f"the dataset has another format version than this seqgraft reads ({FORMAT_VERSION})",
+            content.get("format_version"),
+            where=path,
+            remedy="Prepare it again with this version, or use the version that made it",
+        )
+    names = DatasetInfo.__dataclass_fields__
+    return DatasetInfo(**{name: content[name] for name in names if name in content}), content
+
+
+def _open_genome(folder: Path, recorded: Mapping[str, str] | None) -> Genome | None:
+    if recorded is None:
+        return None
+    path = Path(recorded["path"])
+    if not path.exists():
+        raise DataError(
+            "the genome that the dataset was prepared with is gone",
+            str(path),
+            where=folder / "dataset.json",
+            remedy="Restore the FASTA file there, or prepare the dataset again",
+        )
+    genome = Genome.open(path)
+    if genome.hash != recorded["hash"]:
+        raise DataError(
+            "the genome has changed since the dataset was prepared",
+            str(path),
+            where=folder / "dataset.json",
+            remedy="Prepare the dataset again",
+        )
+    return genome
