@@ -1,0 +1,182 @@
+"""Folds: each way to make them, what is refused, and what a trunk has seen."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from seqgraft.data.folds import Folds, assign_folds, exposure, fold_overlaps, read_trunk_folds
+from seqgraft.errors import ConfigError, DataError
+from seqgraft.genome import Interval
+
+
+def regions(*rows: tuple[str, int, int], **columns: Any) -> pd.DataFrame:
+    return pd.DataFrame(list(rows), columns=["chrom", "start", "end"]).assign(**columns)
+
+
+def unplaced(count: int, **columns: Any) -> pd.DataFrame:
+    return pd.DataFrame({"chrom": [""] * count, "start": 0, "end": 0}).assign(**columns)
+
+
+THREE = regions(("chr1", 0, 10), ("chr2", 0, 10), ("chr3", 0, 10))
+
+
+def test_chromosomes_name_held_out_folds_and_the_rest_trains() -> None:
+    assert assign_folds(THREE, Folds(by="chromosome", valid=("chr2",), test=("chr3",))).tolist() == [
+        "train",
+        "valid",
+        "test",
+    ]
+
+
+def test_naming_train_leaves_the_rest_unused() -> None:
+    folds = Folds(by="chromosome", train=("chr1",), test=("chr3",))
+    assert assign_folds(THREE, folds).tolist() == ["train", "unused", "test"]
+
+
+def test_chromosomes_from_another_column() -> None:
+    table = unplaced(3, chr=["I", "II", "III"])
+    folds = Folds(by="chromosome", column="chr", test=("III",))
+    assert assign_folds(table, folds).tolist() == ["train", "train", "test"]
+
+
+def test_column_with_names() -> None:
+    table = unplaced(4, split=["train", "dev", "test", "none"])
+    folds = Folds(column="split", names={"dev": "valid", "none": "unused"})
+    assert assign_folds(table, folds).tolist() == ["train", "valid", "test", "unused"]
+
+
+def test_column_with_a_share_for_validation() -> None:
+    table = unplaced(100, fold=["train"] * 80 + ["test"] * 20)
+    fold = assign_folds(table, Folds(valid=0.1, seed=3))
+    assert fold.value_counts().to_dict() == {"train": 72, "test": 20, "valid": 8}
+    assert (fold[80:] == "test").all()
+
+
+def test_random_folds_have_their_shares_and_keep_groups_together() -> None:
+    group = np.random.default_rng(0).integers(0, 200, 1000)
+    folds = Folds(by="random", valid=0.1, test=0.2, group="gene", seed=1)
+    fold = assign_folds(unplaced(1000, gene=group), folds)
+    assert pd.Series(fold.to_numpy()).groupby(group).nunique().max() == 1
+    counts = fold.value_counts()
+    assert counts["valid"] == pytest.approx(100, abs=10)
+    assert counts["test"] == pytest.approx(200, abs=10)
+    assert fold.equals(assign_folds(unplaced(1000, gene=group), folds))
+
+
+def test_linked_rows_and_groups_stay_together() -> None:
+    links = np.array([[0, 50], [50, 99], [3, 4]])
+    group = np.arange(100)
+    group[4] = group[7]
+    for seed in range(10):
+        folds = Folds(by="random", test=0.3, group="gene", seed=seed)
+        fold = assign_folds(unplaced(100, gene=group), folds, together=links)
+        assert fold[0] == fold[50] == fold[99]
+        assert fold[3] == fold[4] == fold[7]
+
+
+def test_clusters_keep_neighbours_together() -> None:
+    starts = [0, 90, 300, 1000, 1100, 5000]
+    table = regions(*[(chrom, start, start + 100) for chrom in ("chr1", "chr2") for start in starts])
+    for seed in range(10):
+        fold = assign_folds(table, Folds(by="cluster", distance=200, valid=0.2, test=0.3, seed=seed))
+        for first in (0, 6):
+            assert fold[first : first + 2].nunique() == 1
+            assert fold[first + 3 : first + 4].nunique() == 1
+    assert assign_folds(table.iloc[::-1], Folds(by="cluster", distance=111, test=0.3)).index[0] == 11
+
+
+def test_a_gap_of_the_distance_separates() -> None:
+    others = [(f"chr{number}", 0, 10) for number in range(2, 6)]
+    table = regions(("chr1", 0, 10), ("chr1", 60, 70), ("chr1", 119, 130), *others)
+    together = {
+        distance: [
+            assign_folds(table, Folds(by="cluster", distance=distance, test=0.5, seed=seed)).tolist()
+            for seed in range(30)
+        ]
+        for distance in (50, 51)
+    }
+    assert any(fold[0] != fold[1] for fold in together[50])
+    assert all(fold[0] == fold[1] for fold in together[51])
+    assert all(fold[1] == fold[2] for fold in together[50])
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"by": "chromosome", "valid": ("chr1",), "test": ("chr1",)}, "in valid already: 'chr1'"),
+        ({"by": "chromosome", "valid": 0.1}, "need names"),
+        ({"by": "chromosome"}, "held out"),
+        ({"by": "random", "valid": ("chr1",)}, "take no names"),
+        ({"by": "random", "valid": 0.6, "test": 0.6}, "no training rows"),
+        ({"by": "random", "valid": -0.1, "test": 0.5}, "not a share"),
+        ({"by": "random"}, "held out"),
+        ({"by": "random", "test": 0.1, "column": "split"}, "no meaning with by: random"),
+        ({"by": "cluster", "test": 0.1, "distance": -1}, "negative"),
+        ({"by": "column", "test": 0.1}, "no share of test"),
+        ({"by": "column", "names": {"dev": "validation"}}, "not a fold: 'validation'"),
+        ({"by": "moon"}, "cannot be made by: 'moon'"),
+    ],
+)
+def test_bad_settings(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        Folds(**settings)
+
+
+def test_bad_data() -> None:
+    with pytest.raises(DataError, match=r"no row is on the chromosome: '3'.*The data have chr3"):
+        assign_folds(THREE, Folds(by="chromosome", test=("3",)))
+    with pytest.raises(DataError, match=r"2 rows have a value that is not a fold: 'dev'.*names: \{dev: train\}"):
+        assign_folds(unplaced(3, fold=["train", "dev", "dev"]), Folds())
+    with pytest.raises(DataError, match="no column: 'split'"):
+        assign_folds(THREE, Folds(column="split"))
+    with pytest.raises(DataError, match="no rows: 'train'"):
+        assign_folds(THREE, Folds(by="chromosome", test=("chr1", "chr2", "chr3")))
+    with pytest.raises(DataError, match="no rows: 'test'"):
+        assign_folds(unplaced(3, gene=[1, 1, 1]), Folds(by="random", test=0.4, group="gene"))
+    with pytest.raises(DataError, match="1 rows have no value"):
+        assign_folds(unplaced(2, gene=[1, None]), Folds(by="random", test=0.5, group="gene"))
+    with pytest.raises(DataError, match="no place in a genome"):
+        assign_folds(unplaced(9), Folds(by="cluster", test=0.3))
+    with pytest.raises(DataError, match="no rows to make folds"):
+        assign_folds(unplaced(0), Folds())
+
+
+def test_overlapping_folds_are_refused() -> None:
+    table = regions(("chr1", 0, 100), ("chr1", 90, 190), ("chr2", 0, 100), fold=["train", "test", "test"])
+    with pytest.raises(DataError, match=r"1 train/test pairs; the first is train chr1:0-100 and test chr1:90-190"):
+        assign_folds(table, Folds())
+
+
+def test_overlaps_equal_brute_force() -> None:
+    rng = np.random.default_rng(0)
+    start = rng.integers(0, 3000, 200)
+    chrom = rng.choice(["chr1", "chr2"], 200)
+    table = pd.DataFrame({"chrom": chrom, "start": start, "end": start + rng.integers(1, 60, 200)})
+    fold = rng.choice(["train", "test", "unused"], 200)
+    pairs = fold_overlaps(table, fold)
+    intervals = [Interval(*row) for row in table.itertuples(index=False, name=None)]
+    expected = {
+        a
+        for a in np.flatnonzero(fold == "train").tolist()
+        if any(intervals[a].overlaps(intervals[b]) for b in np.flatnonzero(fold == "test"))
+    }
+    assert set(pairs["row_a"]) == expected
+    assert all(intervals[a].overlaps(intervals[b]) for a, b in zip(pairs["row_a"], pairs["row_b"], strict=True))
+
+
+def test_exposure(tmp_path: Path) -> None:
+    bed = tmp_path / "folds.bed"
+    bed.write_text("chr1\t0\t100\ttrain\nchr1\t100\t200\ttest\nchr2\t0\t50\ttrain\n")
+    table = read_trunk_folds(bed)
+    windows = regions(("chr1", 50, 150), ("chr1", 100, 200), ("chr2", 50, 80), ("chr3", 0, 10))
+    assert exposure(windows, table[table["fold"] == "train"]) == 0.25
+    assert exposure(windows, [Interval("chr1", 0, 1000), Interval("chr1", 10, 20)]) == 0.5
+    assert exposure(windows, []) == 0
+    bed.write_text("chr1\t0\n")
+    with pytest.raises(DataError, match="not a BED file with folds"):
+        read_trunk_folds(bed)
