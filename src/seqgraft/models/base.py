@@ -1,0 +1,387 @@
+"""What a model is: a trunk (an ordered chain of stages) and heads.
+
+A trunk author writes stages and a spec; freezing, adapters, caches, dry runs and local recomputation follow from them.
+The reading example is ``convnet.py``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from seqgraft.errors import ModelError
+from seqgraft.sample import Sample
+from seqgraft.sequence import ONE_HOT, PAD
+from seqgraft.tracks import TrackTable
+
+__all__ = [
+    "Head",
+    "SequenceModel",
+    "Span",
+    "Stage",
+    "State",
+    "Step",
+    "Trunk",
+    "TrunkSpec",
+    "one_hot",
+    "trainable_state",
+    "weight_hash",
+]
+
+Span = tuple[int, int]  # positions [start, stop) of one tensor of the state
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """What flows from stage to stage.
+
+    Attributes:
+        x: ``(batch, channels, positions)``.
+        skips: named tensors ``(batch, channels, positions)`` that a later stage reads.
+        valid: bool ``(batch, positions)``, False where ``x`` is padding; None where everything is valid.
+    """
+
+    x: Tensor
+    skips: Mapping[str, Tensor] = field(default_factory=dict)
+    valid: Tensor | None = None
+
+    def masked(self, fill: float = 0.0) -> Tensor:
+        """``x`` with ``fill`` in the padding, so that a convolution sees there what it sees beyond an edge."""
+        return self.x if self.valid is None else self.x.masked_fill(~self.valid[:, None], fill)
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One operation along the positions, of ``size``: centred convolution, pooling, nearest upsampling or cropping."""
+
+    kind: Literal["conv", "pool", "up", "crop"]
+    size: int
+
+    def touched(self, span: Span) -> Span:
+        """Output positions that depend on the input positions ``span``."""
+        start, stop = span
+        if self.kind == "conv":
+            return start - self.size // 2, stop + self.size // 2
+        if self.kind == "pool":
+            return start // self.size, -(-stop // self.size)
+        if self.kind == "crop":
+            return start - self.size, stop - self.size
+        return start * self.size, stop * self.size
+
+    def needed(self, span: Span) -> Span:
+        """Input positions that the output positions ``span`` depend on."""
+        start, stop = span
+        if self.kind == "conv":
+            return start - self.size // 2, stop + self.size // 2
+        if self.kind == "pool":
+            return start * self.size, stop * self.size
+        if self.kind == "crop":
+            return start + self.size, stop + self.size
+        return start // self.size, -(-stop // self.size)
+
+
+class Stage(nn.Module):
+    """One link of the chain; ``forward`` maps a state to a state.
+
+    Attributes:
+        steps: what it does along the positions, in order; None if every output can depend on every input (global).
+        writes: skip name -> after how many steps it is kept.
+        reads: skip name -> after how many steps it joins (and leaves the state).
+    """
+
+    steps: tuple[Step, ...] | None = None
+    writes: Mapping[str, int] = {}
+    reads: Mapping[str, int] = {}
+
+    def forward(self, state: State) -> State:
+        raise NotImplementedError
+
+    @property
+    def local(self) -> bool:
+        return self.steps is not None
+
+    def touched(self, spans: Mapping[str, Span]) -> dict[str, Span]:
+        """Which positions of each output tensor ("x" or a skip) an edit of the given input positions can change.
+
+        Raises:
+            ModelError: the stage is global.
+        """
+        steps = self._local_steps()
+        out = {name: span for name, span in spans.items() if name != "x" and name not in self.reads}
+        span = spans.get("x")
+        for done in range(len(steps) + 1):
+            joining = [spans[name] for name, after in self.reads.items() if after == done and name in spans]
+            span = _union([*([span] if span else []), *joining])
+            out.update({name: span for name, after in self.writes.items() if after == done and span})
+            if done < len(steps) and span:
+                span = steps[done].touched(span)
+        return out | ({"x": span} if span else {})
+
+    def needed(self, spans: Mapping[str, Span]) -> dict[str, Span]:
+        """Which positions of each input tensor the given output positions are computed from.
+
+        Raises:
+            ModelError: the stage is global.
+        """
+        steps = self._local_steps()
+        out = {name: span for name, span in spans.items() if name != "x" and name not in self.writes}
+        span = spans.get("x")
+        for done in range(len(steps), -1, -1):
+            if done < len(steps) and span:
+                span = steps[done].needed(span)
+            wanted = [spans[name] for name, after in self.writes.items() if after == done and name in spans]
+            span = _union([*([span] if span else []), *wanted])
+            out.update({name: span for name, after in self.reads.items() if after == done and span})
+        return out | ({"x": span} if span else {})
+
+    def _local_steps(self) -> tuple[Step, ...]:
+        if self.steps is None:
+            raise ModelError("a global stage cannot say which positions it touches", type(self).__name__)
+        return self.steps
+
+
+def _union(spans: list[Span]) -> Span | None:
+    return (min(s for s, _ in spans), max(e for _, e in spans)) if spans else None
+
+
+@dataclass(frozen=True)
+class TrunkSpec:
+    """Facts about a trunk.
+
+    Attributes:
+        name: the name it is asked for by.
+        channels: features per bin that a head sees.
+        bin_size: bp per bin of its output.
+        length: input length in bp, or None if any will do.
+        bins: bins of its output after cropping, or None if that follows from the input.
+        sites: "attention", "feedforward", "conv", "norm" -> names of the modules there, relative to the trunk; parts
+            of them by role: "attention.query", ".key", ".value", ".output" and "feedforward.up", ".down".
+        folds: key of the regions that the weights were trained on, or None.
+        weights: where the weights come from, or None for random ones.
+        licence, citation: of the weights.
+    """
+
+    name: str
+    channels: int
+    bin_size: int
+    length: int | None = None
+    bins: int | None = None
+    sites: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    folds: str | None = None
+    weights: str | None = None
+    licence: str = ""
+    citation: str = ""
+
+
+_ONE_HOT = torch.from_numpy(ONE_HOT)
+
+
+def one_hot(codes: Tensor) -> Tensor:
+    """One-hot float32 ``(batch, 4, length)`` of base codes ``(batch, length)``: zeros for N and PAD."""
+    return _ONE_HOT.to(codes.device)[codes.long()].transpose(1, 2).contiguous()
+
+
+class _StaysFrozen(nn.Module):
+    """Modules marked ``frozen`` stay in eval mode whatever ``train`` says: their BatchNorm statistics never move."""
+
+    def train(self, mode: bool = True) -> _StaysFrozen:
+        super().train(mode)
+        for module in self.modules():
+            if getattr(module, "frozen", False):
+                module.training = False
+        return self
+
+
+class Trunk(_StaysFrozen):
+    """An ordered chain of stages from base codes to features ``(batch, channels, bins)``."""
+
+    spec: TrunkSpec
+    stages: nn.ModuleDict
+    #: Input lengths are padded to a multiple of this many bp.
+    stride: int = 1
+    #: Recompute each stage in the backward pass instead of keeping its activations.
+    checkpointing: bool = False
+
+    def encode(self, codes: Tensor, lengths: Tensor | None = None) -> State:
+        """One-hot ``(batch, 4, length)`` as the first state, padded to a multiple of ``stride``.
+
+        Positions at or beyond ``lengths`` are padding; without ``lengths`` every position up to PAD codes is valid.
+        """
+        batch, length = codes.shape
+        padded = -(-length // self.stride) * self.stride
+        if padded != length:
+            codes = nn.functional.pad(codes, (0, padded - length), value=PAD)
+        if lengths is None or (padded == length and bool((lengths == length).all())):
+            valid = None if padded == length else (torch.arange(padded, device=codes.device) < length).expand(batch, -1)
+        else:
+            valid = torch.arange(padded, device=codes.device)[None] < lengths[:, None]
+        return State(one_hot(codes), valid=valid)
+
+    def run(self, state: State, start: str | None = None, stop: str | None = None) -> State:
+        """Runs a contiguous slice of the chain: from stage ``start`` (included) to stage ``stop`` (excluded)."""
+        names = list(self.stages)
+        first = names.index(start) if start is not None else 0
+        last = names.index(stop) if stop is not None else len(names)
+        for name in names[first:last]:
+            stage = self.stages[name]
+            if self.checkpointing and torch.is_grad_enabled():
+                state = checkpoint(stage, state, use_reentrant=False)
+            else:
+                state = stage(state)
+        return state
+
+    def forward(self, codes: Tensor, lengths: Tensor | None = None) -> State:
+        """Base codes uint8 ``(batch, length)`` to the last state; its ``x`` is ``(batch, channels, bins)``."""
+        return self.run(self.encode(codes, lengths))
+
+    def reset(self) -> None:
+        """Draws new weights from torch's global generator: the random-init control."""
+        for module in self.modules():
+            if callable(reset := getattr(module, "reset_parameters", None)):
+                reset()
+
+
+class Head(nn.Module):
+    """Features to values before the link, for the tracks of one group: a linear layer per bin.
+
+    Args:
+        tracks: the tracks, all of one group.
+        channels: features per bin.
+        pool: "none" keeps the bins; "mean" or "max" pools the valid bins into one, for labels.
+        covariates: how many covariates per example join the features.
+    """
+
+    def __init__(
+        self, tracks: TrackTable, channels: int, pool: Literal["none", "mean", "max"] = "none", covariates: int = 0
+    ) -> None:
+        super().__init__()
+        self.tracks, self.pool = tracks, pool
+        self.link = str(tracks.frame["link"].iloc[0])
+        self.out = nn.Conv1d(channels, len(tracks), 1)
+        self.covariates = nn.Linear(covariates, len(tracks), bias=False) if covariates else None
+        if self.covariates is not None:
+            nn.init.zeros_(self.covariates.weight)
+
+    def forward(self, state: State, sample: Sample) -> Tensor:
+        """``(batch, tracks, bins)`` before the link."""
+        x = state.x
+        if self.pool == "mean":
+            known = torch.ones_like(x[:, :1]) if state.valid is None else state.valid[:, None].to(x.dtype)
+            x = (x * known).sum(-1, keepdim=True) / known.sum(-1, keepdim=True).clamp(min=1)
+        elif self.pool == "max":
+            x = state.masked(float("-inf")).amax(-1, keepdim=True)
+        values: Tensor = self.out(x)
+        if self.covariates is not None:
+            if "covariates" not in sample.covariates:
+                raise ModelError(
+                    "the head was built with covariates and the batch has none",
+                    remedy="Use the dataset that the run was prepared with",
+                )
+            values = values + self.covariates(sample.covariates["covariates"])[:, :, None]
+        return values
+
+    @torch.no_grad()
+    def start_at(self, means: np.ndarray[tuple[int], np.dtype[np.float64]]) -> None:
+        """Sets the bias so that the untrained head predicts the mean target ``(tracks,)`` of the training data."""
+        mean = torch.as_tensor(means, dtype=torch.float64)
+        if self.link == "softplus":
+            value = torch.log(torch.expm1(mean.clamp(min=1e-3, max=30)))
+        elif self.link == "sigmoid":
+            value = torch.logit(mean.clamp(1e-3, 1 - 1e-3))
+        elif self.link == "softmax":
+            value = torch.log(mean.clamp(min=1e-3))
+        else:
+            value = mean
+        self.out.bias.copy_(value)  # type: ignore[union-attr]
+
+
+def apply_link(values: Tensor, link: str) -> Tensor:
+    """Values before the link ``(batch, tracks of one group, bins)`` to predictions on the model's scale."""
+    if link == "softplus":
+        return nn.functional.softplus(values)
+    if link == "sigmoid":
+        return values.sigmoid()
+    return values.softmax(dim=1) if link == "softmax" else values
+
+
+class SequenceModel(_StaysFrozen):
+    """A trunk and its heads.
+
+    ``tracks`` lists the outputs in order: those of the new data first, then pretrained ones that are kept beside them.
+    """
+
+    #: Left here by ``adapters.adapt``: the adapter, and what was recorded of the model (``adapters.Adapted``).
+    adapter: Any = None
+    adapted: Any = None
+
+    def __init__(self, trunk: Trunk, heads: Mapping[str, Head], tracks: TrackTable) -> None:
+        super().__init__()
+        self.trunk = trunk
+        self.heads = nn.ModuleDict(dict(heads))
+        self.tracks = tracks
+        made = [name for head in heads.values() for name in head.tracks.names]
+        self._order = [made.index(name) for name in tracks.names]
+        self._in_order = self._order == list(range(len(made)))
+
+    def forward(self, sample: Sample) -> Tensor:
+        """Values before the link, ``(batch, tracks, bins)``."""
+        return self.read(self.trunk(sample.codes, sample.lengths), sample)
+
+    def read(self, state: State, sample: Sample) -> Tensor:
+        """The heads on the trunk's last state: values before the link ``(batch, tracks, bins)``."""
+        values = [head(state, sample) for head in self.heads.values()]
+        joined = values[0] if len(values) == 1 else torch.cat(values, dim=1)
+        return joined if self._in_order else joined[:, self._order]
+
+    def link(self, values: Tensor) -> Tensor:
+        """Predictions on the model's (squashed) scale, ``(batch, tracks, bins)``; computed in float32."""
+        values = values.float()
+        groups = self.tracks.groups
+        links = self.tracks.frame["link"].tolist()
+        if len({links[index[0]] for index in groups.values()}) == 1 and links[0] != "softmax":
+            return apply_link(values, links[0])
+        out = torch.empty_like(values)
+        for index in groups.values():
+            out[:, index] = apply_link(values[:, index], links[index[0]])
+        return out
+
+    def predict(self, sample: Sample) -> Tensor:
+        return self.link(self(sample))
+
+
+def trainable_state(model: nn.Module) -> dict[str, Tensor]:
+    """Exactly what training can change: parameters that take a gradient, and buffers of modules that are not frozen."""
+    state = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    for prefix, module in model.named_modules():
+        if not getattr(module, "frozen", False):
+            persistent = {
+                k: b for k, b in module.named_buffers(recurse=False) if k not in module._non_persistent_buffers_set
+            }
+            state |= {f"{prefix}.{name}" if prefix else name: buffer for name, buffer in persistent.items()}
+    return {name: state[name].detach() for name in sorted(state)}
+
+
+def weight_hash(module: nn.Module) -> str:
+    """sha256 over names, shapes, types and bytes of all weights and buffers, in the order of their names."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        values = tensor.detach().cpu().contiguous()
+        digest.update(f"{name}{tuple(values.shape)}{values.dtype}".encode())
+        digest.update(
+            values.view(torch.uint8).numpy().tobytes()
+            if values.ndim
+            else values.reshape(1).view(torch.uint8).numpy().tobytes()
+        )
+    return digest.hexdigest()
+
+
+def with_spec(trunk: Trunk, **changes: object) -> None:
+    """Replaces facts of a trunk's spec, such as where its weights come from."""
+    trunk.spec = replace(trunk.spec, **changes)  # type: ignore[arg-type]
