@@ -60,18 +60,28 @@ class Scorecard:
 
     def __init__(self, tracks: TrackTable, metrics: Sequence[str] | None = None) -> None:
         links = tracks.frame["link"].tolist()
-        self._index = {group: index for group, index in tracks.groups.items()}
+        self._index = dict(tracks.groups)
         suited = {group: METRICS_OF_LINK[links[index[0]]] for group, index in self._index.items()}
         for metric in metrics or ():
             if metric not in METRICS or not any(metric in names for names in suited.values()):
                 possible = sorted({name for names in suited.values() for name in names})
-                raise ConfigError("the metric does not suit these tracks", metric, where="metric", remedy=f"Choose from {', '.join(possible)}")
-        self._metrics = {group: [name for name in names if metrics is None or name in metrics] for group, names in suited.items()}
+                raise ConfigError(
+                    "the metric does not suit these tracks",
+                    metric,
+                    where="metric",
+                    remedy=f"Choose from {', '.join(possible)}",
+                )
+        self._metrics = {
+            group: [name for name in names if metrics is None or name in metrics] for group, names in suited.items()
+        }
         self._units = {
-            group: [group] if links[index[0]] == "softmax" else [tracks.names[i] for i in index] for group, index in self._index.items()
+            group: [group] if links[index[0]] == "softmax" else [tracks.names[i] for i in index]
+            for group, index in self._index.items()
         }
         self._parts: dict[tuple[str, str], Accumulator[Any]] = {
-            (group, METRICS[name].statistic): Accumulator(_builder(name)) for group, names in self._metrics.items() for name in names
+            (group, METRICS[name].statistic): Accumulator(_builder(name))
+            for group, names in self._metrics.items()
+            for name in names
         }
 
     def update(self, y_true: npt.NDArray[Any], y_pred: npt.NDArray[Any], rows: npt.NDArray[np.int64]) -> None:

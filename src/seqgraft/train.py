@@ -1,0 +1,501 @@
+"""The one training loop: for every model, adapter and objective, on one or many devices.
+
+Two promises shape it. A run that is killed and resumed gives the result of an uninterrupted one (bit for bit on CPU):
+the order of the rows and their augmentation are functions of (seed, epoch, index), and a checkpoint holds everything
+else. And N processes give the loss curve of one process with N times the batch: sums are divided by the weight of the
+whole step.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+import torch
+from accelerate import Accelerator
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from seqgraft.adapters.base import check_frozen, check_gradients
+from seqgraft.adapters.base import parameter_groups as adapter_groups
+from seqgraft.data.augment import FORWARD, Augmentation
+from seqgraft.data.dataset import Dataset
+from seqgraft.errors import ConfigError, ModelError, RunError
+from seqgraft.models.base import SequenceModel, trainable_state
+from seqgraft.objectives import Objective
+from seqgraft.predict import Precision, autocast
+from seqgraft.progress import progress
+from seqgraft.sample import Sample
+from seqgraft.scoring import Scorecard
+
+_GRADIENT_CHECKS = 4  # optimiser steps
+
+__all__ = ["FitResult", "TrainConfig", "fit", "parameter_groups", "validate"]
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How to train.
+
+    Attributes:
+        epochs: passes over the training regions at most.
+        batch_size: regions per forward pass and process.
+        accumulate: forward passes per optimiser step.
+        lr: learning rate of the adapter's parameters.
+        head_lr, trunk_lr: of the heads, and of the trunk's own parameters where they train; ``lr`` if not given.
+        weight_decay: of AdamW, on matrices only.
+        schedule: "cosine" to zero over all epochs, or "constant", after a linear warm-up.
+        warmup: share of all steps.
+        clip: largest norm of the gradient.
+        patience: epochs without a better validation score before training stops; 0 never stops.
+        metric: that picks the best checkpoint; None for the usual one of the tracks.
+        precision: "bf16" runs forward and backward in bfloat16 where that is safe.
+        checkpointing: recompute stages in the backward pass: less memory, a fifth more time.
+        augment: views drawn for training.
+        seed: of everything random.
+        save_minutes: how often a checkpoint is written within an epoch.
+        tracker: "tensorboard", "wandb" or any other that accelerate knows, beside log.csv.
+    """
+
+    epochs: int = 20
+    batch_size: int = 8
+    accumulate: int = 1
+    lr: float = 1e-3
+    head_lr: float | None = None
+    trunk_lr: float | None = None
+    weight_decay: float = 0.01
+    schedule: Literal["cosine", "constant"] = "cosine"
+    warmup: float = 0.05
+    clip: float = 1.0
+    patience: int = 5
+    metric: str | None = None
+    precision: Precision = "float32"
+    checkpointing: bool = False
+    augment: Augmentation = field(default_factory=Augmentation)
+    seed: int = 1
+    save_minutes: float = 5.0
+    tracker: str | None = None
+
+    def __post_init__(self) -> None:
+        for name, low in (("epochs", 1), ("batch_size", 1), ("accumulate", 1), ("patience", 0), ("seed", 0)):
+            if getattr(self, name) < low:
+                raise ConfigError(f"must be {low} or more", getattr(self, name), where=f"train.{name}")
+        for name in ("lr", "head_lr", "trunk_lr", "clip"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise ConfigError("must be above 0", value, where=f"train.{name}")
+        if not 0 <= self.warmup < 1:
+            raise ConfigError("must be a share of the steps, 0 or more and below 1", self.warmup, where="train.warmup")
+
+
+@dataclass(frozen=True)
+class FitResult:
+    """What training ended with; the model holds the best weights."""
+
+    best_score: float
+    best_epoch: int
+    epochs: int
+    steps: int
+    seconds: float
+    peak_memory_bytes: int
+
+
+@dataclass
+class _Progress:
+    """Where training stands; all of it is in a checkpoint."""
+
+    epoch: int = 0
+    step: int = 0  # within the epoch
+    total_steps: int = 0
+    loss: float = 0.0  # sum over the epoch's steps
+    best_score: float = -math.inf
+    best_epoch: int = -1
+    seconds: float = 0.0
+    log: list[dict[str, float]] = field(default_factory=list)
+
+
+def fit(
+    model: SequenceModel,
+    dataset: Dataset,
+    objective: Objective,
+    config: TrainConfig,
+    folder: Path,
+    *,
+    resume: bool = False,
+    train_fold: str = "train",
+    valid_fold: str = "valid",
+) -> FitResult:
+    """Trains what ``adapt`` left trainable, writes ``log.csv`` and ``checkpoints/``, and loads the best weights.
+
+    Args:
+        folder: the run directory; it exists.
+        resume: continue from ``checkpoints/last.safetensors`` if there is one.
+
+    Raises:
+        ConfigError: a fold is empty, or the metric does not suit the tracks.
+        ModelError: a trainable tensor gets no gradient, or the loss is not finite.
+        RunError: the checkpoint belongs to another experiment, or cannot be written.
+    """
+    accelerator = Accelerator(cpu=not torch.cuda.is_available(), log_with=config.tracker, project_dir=str(folder))
+    if config.tracker:
+        accelerator.init_trackers("seqgraft", config={})
+    device = accelerator.device
+    model.to(device)
+    rows, valid_rows = dataset.rows(train_fold), dataset.rows(valid_fold)
+    world, rank = accelerator.num_processes, accelerator.process_index
+    step_rows = config.batch_size * config.accumulate * world
+    steps_per_epoch = len(objective.batches(rows, step_rows, config.seed, 0))
+    optimizer = torch.optim.AdamW(parameter_groups(model, config))
+    _start_optimizer(optimizer)
+    state = _Progress()
+    torch.manual_seed(config.seed)
+    checkpoints = folder / "checkpoints"
+    checkpoints.mkdir(exist_ok=True)
+    if resume and (checkpoints / "last.safetensors").exists():
+        state = _load_checkpoint(checkpoints / "last.safetensors", model, optimizer, config, dataset)
+    model.trunk.checkpointing = config.checkpointing
+    wrapped = accelerator.prepare_model(model) if world > 1 else model
+    checks, alive = 0, set[str]()
+    began, saved = time.monotonic() - state.seconds, time.monotonic()
+    while state.epoch < config.epochs and not _out_of_patience(state, config):
+        batches = objective.batches(rows, step_rows, config.seed, state.epoch)
+        wrapped.train()
+        bar = progress(
+            range(state.step, len(batches)),
+            f"epoch {state.epoch + 1} of {config.epochs}",
+            total=len(batches) - state.step,
+        )
+        for number in bar:
+            _set_learning_rates(optimizer, config, state.total_steps, steps_per_epoch * config.epochs)
+            micro = list(_micro_batches(dataset, batches[number], config, state.epoch, world, rank, device))
+            loss = _step(accelerator, wrapped, model, optimizer, objective, micro, config)
+            if not math.isfinite(loss):
+                raise ModelError(
+                    "the loss is not finite",
+                    loss,
+                    where=f"epoch {state.epoch + 1}, step {number + 1}",
+                    remedy="Lower train.lr, or use precision: float32",
+                )
+            if checks < _GRADIENT_CHECKS:
+                checks += 1
+                alive = check_gradients(model, alive, last=checks == _GRADIENT_CHECKS)
+            optimizer.step()
+            state.step, state.total_steps, state.loss = number + 1, state.total_steps + 1, state.loss + loss
+            if (
+                accelerator.is_main_process
+                and time.monotonic() - saved > 60 * config.save_minutes
+                and state.step < len(batches)
+            ):
+                state.seconds, saved = time.monotonic() - began, time.monotonic()
+                _save_checkpoint(checkpoints / "last.safetensors", model, optimizer, config, dataset, state)
+        if accelerator.is_main_process:
+            valid_loss, score = validate(model, dataset, valid_rows, objective, config)
+        else:
+            valid_loss = score = 0.0
+        valid_loss, score = _from_main(accelerator, valid_loss, score)
+        state.seconds = time.monotonic() - began
+        record = {
+            "epoch": state.epoch + 1,
+            "step": state.total_steps,
+            "train_loss": state.loss / len(batches),
+            "valid_loss": valid_loss,
+            "valid_score": score,
+            "lr": float(optimizer.param_groups[-1]["lr"]),
+            "seconds": state.seconds,
+        }
+        state.log.append(record)
+        accelerator.log(record, step=state.total_steps)
+        better = score > state.best_score or state.best_epoch < 0
+        if better:
+            state.best_score, state.best_epoch = score, state.epoch + 1
+        state.epoch, state.step, state.loss = state.epoch + 1, 0, 0.0
+        if accelerator.is_main_process:
+            if better:
+                _write_tensors(checkpoints / "best.safetensors", trainable_state(model), {"epoch": state.best_epoch})
+            _save_checkpoint(checkpoints / "last.safetensors", model, optimizer, config, dataset, state)
+            saved = time.monotonic()
+            _write_log(folder / "log.csv", state.log)
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+    check_frozen(model)
+    _load_tensors(model, checkpoints / "best.safetensors")
+    model.eval()
+    return FitResult(
+        state.best_score, state.best_epoch, state.epoch, state.total_steps, state.seconds, _peak_memory(device)
+    )
+
+
+def parameter_groups(model: SequenceModel, config: TrainConfig) -> list[dict[str, Any]]:
+    """AdamW's groups: trunk, adapter and head, each with its own learning rate, vectors without weight decay."""
+    rates = {"trunk": config.trunk_lr or config.lr, "adapter": config.lr, "head": config.head_lr or config.lr}
+    return [
+        {
+            "params": chosen,
+            "lr": rates[part],
+            "base_lr": rates[part],
+            "weight_decay": config.weight_decay if matrices else 0.0,
+        }
+        for part, parameters in adapter_groups(model).items()
+        for matrices in (True, False)
+        if (chosen := [p for p in parameters if (p.ndim > 1) == matrices])
+    ]
+
+
+def validate(
+    model: SequenceModel, dataset: Dataset, rows: npt.NDArray[np.int64], objective: Objective, config: TrainConfig
+) -> tuple[float, float]:
+    """Loss and score (higher is better) of ``rows``; the model's mode is left as it was.
+
+    Raises:
+        ModelError: the score is undefined for every track, so that no checkpoint could be the best.
+    """
+    was_training = model.training
+    model.eval()
+    card = Scorecard(dataset.tracks, [config.metric] if config.metric else None)
+    device = next(model.parameters()).device
+    count = len(dataset.tracks)
+    total = weight = torch.zeros(len(objective.terms), device=device)
+    with torch.inference_mode():
+        for start in range(0, len(rows), config.batch_size):
+            chosen = rows[start : start + config.batch_size]
+            sample = dataset.sample(chosen).to(device)
+            with autocast(config.precision, device):
+                values = model(sample)
+            total = total + objective(_Given(values), sample)
+            weight = weight + objective.weigh(sample)
+            predicted = model.link(values)[:, :count].cpu().numpy()
+            truth = np.where(sample.mask.cpu().numpy(), sample.targets.cpu().numpy(), np.nan)
+            card.update(truth, predicted, chosen)
+    model.train(was_training)
+    leading = card.leading()
+    if math.isnan(leading.value):
+        raise ModelError(
+            "the validation score is undefined for every track",
+            leading.reason,
+            remedy="Check that the validation fold has signal, or choose another train.metric",
+        )
+    return float((total / weight.clamp(min=1e-12)).sum()), leading.value
+
+
+class _Given(nn.Module):
+    """Stands for a model whose outputs are known already."""
+
+    def __init__(self, values: Tensor) -> None:
+        super().__init__()
+        self.values = values
+
+    def forward(self, sample: Sample) -> Tensor:  # noqa: ARG002  (called like a model)
+        return self.values
+
+
+def _step(
+    accelerator: Accelerator,
+    wrapped: nn.Module,
+    model: SequenceModel,
+    optimizer: torch.optim.Optimizer,
+    objective: Objective,
+    micro: list[Sample],
+    config: TrainConfig,
+) -> float:
+    """Gradients of one optimiser step, clipped; returns its loss over all processes."""
+    weights = accelerator.reduce(torch.stack([objective.weigh(sample) for sample in micro]).sum(0)).clamp(min=1e-12)
+    optimizer.zero_grad(set_to_none=True)
+    sums = torch.zeros_like(weights)
+    for number, sample in enumerate(micro):
+        last = number == len(micro) - 1
+        with nullcontext() if last or wrapped is model else accelerator.no_sync(wrapped):
+            with autocast(config.precision, accelerator.device):
+                totals = objective(wrapped, sample)
+            # gradients of processes are averaged, so the sum over processes is N times that
+            (accelerator.num_processes * (totals / weights).sum()).backward()
+        sums += totals.detach()
+    nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], config.clip)
+    return float((accelerator.reduce(sums) / weights).sum())
+
+
+def _micro_batches(
+    dataset: Dataset,
+    rows: npt.NDArray[np.int64],
+    config: TrainConfig,
+    epoch: int,
+    world: int,
+    rank: int,
+    device: torch.device,
+) -> Iterator[Sample]:
+    """This process's share of a step's rows in micro-batches; a share without rows takes part with weight zero."""
+    shares = np.array_split(rows, world)
+    mine = shares[rank]
+    empty = not len(mine)
+    mine = rows[:1] if empty else mine
+    for chosen in _micro_split(mine, config.accumulate, shares):
+        views = (
+            [config.augment.draw(config.seed, epoch, int(row)) for row in chosen]
+            if config.augment.views() != [FORWARD]
+            else None
+        )
+        sample = dataset.sample(chosen, views).to(device)
+        if empty:
+            sample.mask.zero_()
+        yield sample
+
+
+def _micro_split(
+    mine: npt.NDArray[np.int64], accumulate: int, shares: list[npt.NDArray[np.int64]]
+) -> list[npt.NDArray[np.int64]]:
+    """As many micro-batches on every process: the smallest share decides."""
+    return np.array_split(mine, max(1, min(accumulate, *(len(share) for share in shares))))
+
+
+def _set_learning_rates(optimizer: torch.optim.Optimizer, config: TrainConfig, step: int, steps: int) -> None:
+    warm = max(1, round(config.warmup * steps))
+    factor = min(1.0, (step + 1) / warm)
+    if config.schedule == "cosine" and step >= warm:
+        factor = 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
+    for group in optimizer.param_groups:
+        group["lr"] = group["base_lr"] * factor
+
+
+def _out_of_patience(state: _Progress, config: TrainConfig) -> bool:
+    return config.patience > 0 and state.epoch - state.best_epoch >= config.patience and state.best_epoch > 0
+
+
+def _from_main(accelerator: Accelerator, *values: float) -> tuple[float, ...]:
+    """The main process's numbers, on every process."""
+    if accelerator.num_processes == 1:
+        return values
+    mine = torch.tensor(values, dtype=torch.float64, device=accelerator.device)
+    return tuple(accelerator.reduce(mine).tolist())  # the others hold zeros
+
+
+def _write_log(path: Path, log: list[dict[str, float]]) -> None:
+    building = path.with_name(".log.csv.part")
+    pd.DataFrame(log).to_csv(building, index=False)
+    os.replace(building, path)
+
+
+# ---- checkpoints: one safetensors file each, replaced in one move, so that a kill leaves the old or the new ----
+
+
+def _start_optimizer(optimizer: torch.optim.Optimizer) -> None:
+    """Creates AdamW's state now, so that a checkpoint always has the same tensors."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            optimizer.state[parameter] = {
+                "step": torch.zeros(()),
+                "exp_avg": torch.zeros_like(parameter),
+                "exp_avg_sq": torch.zeros_like(parameter),
+            }
+
+
+def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    return {
+        f"optimizer.{i}.{key}": value for i, p in enumerate(parameters) for key, value in optimizer.state[p].items()
+    }
+
+
+def _identity(config: TrainConfig, dataset: Dataset) -> str:
+    """What must be equal for a run to be continued."""
+    settings = {
+        key: value for key, value in asdict(config).items() if key not in ("save_minutes", "tracker", "patience")
+    }
+    return json.dumps({"train": settings, "dataset": dataset.hash}, sort_keys=True)
+
+
+def _save_checkpoint(
+    path: Path,
+    model: SequenceModel,
+    optimizer: torch.optim.Optimizer,
+    config: TrainConfig,
+    dataset: Dataset,
+    state: _Progress,
+) -> None:
+    tensors = {f"model.{name}": tensor for name, tensor in trainable_state(model).items()} | _optimizer_tensors(
+        optimizer
+    )
+    tensors["random.cpu"] = torch.get_rng_state()
+    if torch.cuda.is_available():
+        tensors["random.cuda"] = torch.cuda.get_rng_state()
+    _write_tensors(path, tensors, {"progress": asdict(state), "identity": _identity(config, dataset)})
+
+
+def _write_tensors(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
+    building = path.with_name(f".{path.name}.part")
+    metadata = {key: json.dumps(value) for key, value in facts.items()} | {"format_version": "1"}
+    try:
+        save_file(
+            {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()},
+            building,
+            metadata=metadata,
+        )
+        os.replace(building, path)
+    except (OSError, SafetensorError) as error:
+        building.unlink(missing_ok=True)
+        raise RunError(
+            f"the checkpoint could not be written ({error})",
+            str(path),
+            remedy="Free some disk space, then continue with --resume",
+        ) from error
+
+
+def _load_tensors(model: SequenceModel, path: Path) -> None:
+    own = trainable_state(model)
+    with safe_open(path, framework="pt") as file, torch.no_grad():
+        for name in file.keys():  # noqa: SIM118  (not a dict)
+            own[name].copy_(file.get_tensor(name))
+
+
+def _load_checkpoint(
+    path: Path, model: SequenceModel, optimizer: torch.optim.Optimizer, config: TrainConfig, dataset: Dataset
+) -> _Progress:
+    try:
+        with safe_open(path, framework="pt") as file:
+            facts = dict(file.metadata())
+            if json.loads(facts["identity"]) != _identity(config, dataset):
+                raise RunError(
+                    "the checkpoint belongs to other settings or data",
+                    str(path),
+                    remedy="Resume with the experiment and dataset that it was started with, or start a new run",
+                )
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a dict)
+    except SafetensorError as error:
+        raise RunError(
+            f"the checkpoint cannot be read ({error})", str(path), remedy="Remove the folder and start again"
+        ) from error
+    own = {f"model.{name}": tensor for name, tensor in trainable_state(model).items()} | _optimizer_tensors(optimizer)
+    saved = {name for name in tensors if not name.startswith("random.")}
+    if set(own) != saved:
+        raise RunError(
+            "the checkpoint holds other tensors than this model trains",
+            sorted(set(own) ^ saved)[:5],
+            where=path,
+            remedy="Resume with the same adapter and model",
+        )
+    with torch.no_grad():
+        for name, tensor in own.items():
+            tensor.copy_(tensors[name])
+    torch.set_rng_state(tensors["random.cpu"])
+    if "random.cuda" in tensors and torch.cuda.is_available():
+        torch.cuda.set_rng_state(tensors["random.cuda"])
+    return _Progress(**json.loads(facts["progress"]))
+
+
+def _peak_memory(device: torch.device) -> int:
+    """Most memory held, in bytes: of the card, or of this process."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    import resource
+    import sys
+
+    return int(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) * (1 if sys.platform == "darwin" else 1024)
