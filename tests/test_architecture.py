@@ -27,24 +27,28 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("tracks",),
     # 1
     (
-        *("data", "data.augment", "data.dataset", "data.duplicates", "data.folds"),
-        *("data.labelled", "data.coverage", "data.simulate"),
-        *("models", "models.base", "models.heads", "models.convnet", "models.weights"),
+        *("data", "data.augment", "data.dataset", "data.duplicates", "data.folds", "data.labels", "data.tables"),
+        *("data.tiles", "data.labelled", "data.peaks", "data.coverage", "data.simulate"),
         *("losses", "metrics", "plots"),
     ),
     # 2
-    ("adapters", "adapters.base", "adapters.files", "adapters.freeze", "adapters.lora", "adapters.bottleneck"),
+    ("models", "models.base", "models.convnet", "models.weights"),
     # 3
-    ("predict", "objectives"),
+    ("adapters", "adapters.base", "adapters.files", "adapters.freeze", "adapters.lora", "adapters.bottleneck"),
     # 4
-    ("train", "baselines", "genes"),
+    ("regions", "scoring"),
+    ("predict", "objectives"),
     # 5
-    ("evaluate",),
+    ("train", "baselines", "genes", "output"),
     # 6
-    ("experiment",),
+    ("evaluate",),
     # 7
-    ("report",),
+    ("experiment",),
+    ("run",),
+    ("plan",),
     # 8
+    ("report", "report.page"),
+    # 9
     ("demo",),
     ("cli",),
     ("__main__",),
@@ -54,7 +58,9 @@ RANK = {name: rank for rank, row in enumerate(LAYERS) for name in row}
 
 # What siblings in a package may import, and who may import all of its package: the places where things are registered.
 BASES = {
-    "data": {"data.augment", "data.dataset", "data.duplicates", "data.folds"},
+    "data": {
+        *("data.augment", "data.dataset", "data.duplicates", "data.folds", "data.labels", "data.tables", "data.tiles"),
+    },
     "models": {"models.base"},
     "adapters": {"adapters.base"},
 }
@@ -63,9 +69,8 @@ REGISTRIES = {"data", "models", "models.weights", "adapters", "report"}
 DOORS: dict[str, set[str]] = {
     "accelerate": {"train"},
     "bitsandbytes": {"adapters.lora"},
-    "cyvcf2": {"genome"},
     "h5py": {"models.weights"},
-    "jinja2": {"report"},
+    "jinja2": {"report.page"},
     "matplotlib": {"plots"},
     "peft": {"adapters.lora"},
     "pybigtools": {"bigwig", "tracks"},
@@ -75,7 +80,7 @@ DOORS: dict[str, set[str]] = {
     "transformers": set(),
     "typer": {"cli"},
     "yaml": {"experiment"},
-    "zarr": {"predict"},
+    "zarr": {"output"},
 }
 NEVER = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}
 

@@ -1,0 +1,239 @@
+"""The command line: each command reads its arguments, calls one public function and prints what it found."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from seqgraft.plan import Plan
+
+# Nothing heavy may be imported at the top of this file: `seqgraft --help` must not load torch.
+
+app = typer.Typer(
+    name="seqgraft",
+    help="Graft new data onto pretrained genomic sequence models: prepare, plan, fit, evaluate, predict, report.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Settings = Annotated[
+    list[str] | None, typer.Option("--set", help="Override a key of the YAML file, as in --set train.lr=3e-5.")
+]
+
+
+def _say(text: str) -> None:
+    typer.echo(text)
+
+
+@app.command()
+def demo(
+    folder: Annotated[Path, typer.Argument(help="Where to write the demo's data, runs and report.")] = Path(
+        "seqgraft-demo"
+    ),
+) -> None:
+    """Simulated data with known truth, from raw files to a report, in minutes on two cores."""
+    from seqgraft.demo import run_demo
+
+    run_demo(folder, _say)
+
+
+@app.command()
+def simulate(
+    source: Annotated[Path, typer.Argument(help="YAML file with the simulation's settings.")],
+    folder: Annotated[Path, typer.Argument(help="New folder for the simulated files.")],
+    settings: Settings = None,
+) -> None:
+    """Write a simulated genome, tracks, genes and variants with known truth."""
+    from seqgraft.data.simulate import Simulation
+    from seqgraft.data.simulate import simulate as run
+    from seqgraft.experiment import build, read_yaml
+
+    run(build(Simulation, read_yaml(source, settings or ()), str(source)), folder)
+    _say(f"The simulation is in {folder}.")
+
+
+@app.command()
+def prepare(
+    source: Annotated[
+        Path, typer.Argument(help="YAML file that says which files to read (kind: coverage, labelled, peaks).")
+    ],
+    folder: Annotated[Path, typer.Argument(help="New folder for the prepared dataset.")],
+    settings: Settings = None,
+) -> None:
+    """Turn raw files into a prepared dataset."""
+    from seqgraft.run import prepare as run
+
+    dataset = run(source, folder, tuple(settings or ()))
+    folds = ", ".join(f"{fold} {count}" for fold, count in dataset.regions["fold"].value_counts().items())
+    _say(
+        f"{folder}: {len(dataset)} regions ({folds}), {len(dataset.tracks)} tracks, "
+        f"{dataset.info.bins} bins of {dataset.info.bin_size} bp."
+    )
+    for name, note in dataset.info.notes.items():
+        if note:
+            _say(f"  {name}: {note}")
+
+
+@app.command()
+def plan(
+    experiment: Annotated[Path, typer.Argument(help="YAML file of the experiment.")],
+    folder: Annotated[Path | None, typer.Argument(help="The run directory that fit would write.")] = None,
+    device: Annotated[
+        str | None, typer.Option(help="Answer for a card with this much memory, such as '24 GB'.")
+    ] = None,
+    settings: Settings = None,
+) -> None:
+    """Every check, and what the run would cost; exits with 0 only if fit would start."""
+    from seqgraft.experiment import read_experiment
+    from seqgraft.plan import parse_memory, plan_run
+
+    found = plan_run(read_experiment(experiment, settings or ()), folder, parse_memory(device) if device else None)
+    _print_plan(found)
+    if found.problems:
+        raise typer.Exit(found.problems[0].exit_code)
+
+
+@app.command()
+def fit(
+    experiment: Annotated[Path, typer.Argument(help="YAML file of the experiment.")],
+    folder: Annotated[Path, typer.Argument(help="Run directory to write.")],
+    resume: Annotated[bool, typer.Option("--resume", help="Continue a run that was interrupted.")] = False,
+    settings: Settings = None,
+) -> None:
+    """Train an adapter and heads; checks run first."""
+    import os
+
+    from seqgraft.experiment import read_experiment
+    from seqgraft.plan import plan_run
+    from seqgraft.run import fit_run
+
+    parsed = read_experiment(experiment, settings or ())
+    if not resume and os.environ.get("RANK", "0") == "0":
+        found = plan_run(parsed, folder)
+        if found.problems:
+            _print_plan(found)
+            raise typer.Exit(found.problems[0].exit_code)
+    result = fit_run(parsed, folder, resume=resume)
+    if os.environ.get("RANK", "0") == "0":
+        _say(
+            f"{folder}: the best validation score is {result.best_score:.4f}, "
+            f"in epoch {result.best_epoch} of {result.epochs} ({result.seconds:.0f} s)."
+        )
+
+
+@app.command()
+def evaluate(
+    folder: Annotated[Path, typer.Argument(help="A finished run.")],
+    fold: Annotated[str | None, typer.Option(help="Which fold; by default the one of the experiment.")] = None,
+) -> None:
+    """Score a run beside its baselines, with intervals."""
+    from seqgraft.run import evaluate_run
+
+    found = evaluate_run(folder, fold)
+    _print_metrics(found.metrics)
+    if found.genes is not None:
+        _say("")
+        _say(found.genes.round(3).to_string(index=False))
+    _say(f"The whole table is in {folder / 'evaluation' / 'metrics.parquet'}.")
+
+
+@app.command()
+def predict(
+    folder: Annotated[Path, typer.Argument(help="A finished run.")],
+    source: Annotated[Path, typer.Argument(help="Regions (BED) or sequences (FASTA, CSV).")],
+    out: Annotated[Path, typer.Argument(help="Output: .parquet, .csv, .zarr or .bw.")],
+) -> None:
+    """Predict tracks or labels for regions or sequences, in raw units."""
+    from seqgraft.run import predict_run
+
+    for path in predict_run(folder, source, out):
+        _say(f"The predictions are in {path}.")
+
+
+@app.command()
+def embed(
+    folder: Annotated[Path, typer.Argument(help="A finished run.")],
+    source: Annotated[Path, typer.Argument(help="Regions (BED) or sequences (FASTA, CSV).")],
+    out: Annotated[Path, typer.Argument(help="Output .parquet.")],
+) -> None:
+    """Write the trunk's features for regions or sequences."""
+    from seqgraft.run import embed_run
+
+    _say(f"The embeddings are in {embed_run(folder, source, out)}.")
+
+
+@app.command()
+def report(
+    folder: Annotated[Path, typer.Argument(help="A run, or a folder of runs to compare.")],
+    out: Annotated[Path | None, typer.Option(help="Where to write the page; by default into the folder.")] = None,
+) -> None:
+    """One self-contained HTML page of a run, or a comparison of runs."""
+    from seqgraft.report import write_comparison, write_report
+
+    if (folder / "experiment.yaml").exists():
+        page = write_report(folder, out)
+    else:
+        runs = sorted(path.parent for path in folder.glob("*/experiment.yaml"))
+        page = write_comparison(runs, out or folder / "report.html")
+    _say(f"The report is {page}.")
+
+
+@app.command()
+def export(
+    folder: Annotated[Path, typer.Argument(help="A finished run whose adapter can be merged.")],
+    out: Annotated[Path, typer.Argument(help="New model folder.")],
+    name: Annotated[str, typer.Option(help="The model's name.")],
+    licence: Annotated[str, typer.Option(help="Licence of the weights.")] = "",
+    citation: Annotated[str, typer.Option(help="How to cite them.")] = "",
+    card: Annotated[Path | None, typer.Option(help="A Markdown file for people.")] = None,
+) -> None:
+    """Merge a run's adapter and write a model that 'model.name' accepts."""
+    from seqgraft.run import export_run
+
+    difference = export_run(
+        folder, out, name=name, licence=licence, citation=citation, card=card.read_text() if card else ""
+    )
+    _say(f"{out}: merged, with a relative difference of {difference:.1e}.")
+
+
+@app.command()
+def models() -> None:
+    """The models that come with the package, and the architectures."""
+    from seqgraft.models.weights import TRUNKS, bundled_models
+
+    for name, model in bundled_models().items():
+        content = model.content
+        _say(
+            f"{name}: {content['architecture']}, {content.get('parameters', 0):,} parameters, "
+            f"bins of {content['bin_size']} bp, trained with windows of {content['window']} bp "
+            f"on {len(content['tracks'])} tracks, licence {content.get('licence') or 'not stated'}"
+        )
+    _say(f"Architectures with random weights: {', '.join(TRUNKS)}.")
+
+
+def _print_plan(found: Plan) -> None:
+    width = max((len(name) for name in found.facts), default=0)
+    for name, fact in found.facts.items():
+        _say(f"{name:<{width}}  {fact}")
+    if found.problems:
+        for problem in found.problems:
+            typer.echo(f"seqgraft: {problem}", err=True)
+        _say("fit would not start.")
+    else:
+        _say("fit would start.")
+
+
+def _print_metrics(table: pd.DataFrame) -> None:
+    means = table[table["track"] == ""]
+    leading = means.groupby(["group", "unit"], sort=False)["metric"].transform("first")
+    for row in means[means["metric"] == leading].to_dict("records"):
+        interval = f" ({row['low']:.3f} to {row['high']:.3f})" if row["low"] == row["low"] else ""
+        note = f"  {row['note']}" if row["note"] else ""
+        score = f"{row['model']:<28} {row['metric']:>10} {row['value']:.3f}{interval}"
+        _say(f"{score}  {row['unit']}, fold {row['fold']}{note}")

@@ -1,0 +1,536 @@
+"""Scores beside baselines, with intervals: one tidy table.
+
+Every number stands beside what simple methods reach on the same rows, with a 95 % bootstrap interval over regions
+(drawn in blocks of neighbours), and names its unit: "squashed" (the model's scale), "raw" (signal units) or "label".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+
+from seqgraft.baselines import (
+    Examples,
+    kmer_regression,
+    majority,
+    mean_profile,
+    mean_track,
+    nearest_track,
+    sequence_ridge,
+)
+from seqgraft.data.augment import Augmentation
+from seqgraft.data.dataset import Dataset, new_folder, open_dataset
+from seqgraft.errors import ConfigError
+from seqgraft.genes import (
+    GeneSettings,
+    expressed,
+    fold_change,
+    fold_change_scores,
+    gene_bins,
+    gene_scores,
+    gene_signal,
+    read_fold_changes,
+    signal_table,
+)
+from seqgraft.genome import match_chroms, read_gtf
+from seqgraft.metrics import METRICS, Estimate, Moments, bootstrap_interval, paired_bootstrap, segment_blocks
+from seqgraft.models.base import SequenceModel
+from seqgraft.models.weights import ModelConfig, build_model, build_pretrained
+from seqgraft.predict import FORWARD_ONLY, predict
+from seqgraft.scoring import Card, Scorecard
+from seqgraft.tracks import TrackTable, unsquash
+
+__all__ = ["EvaluateConfig", "Evaluation", "GenesConfig", "compare_runs", "evaluate_model"]
+
+Array = npt.NDArray[Any]
+
+#: Baselines that suit coverage and labels; "random_trunk" only when asked, since it trains nothing and costs a pass.
+COVERAGE_BASELINES = ("mean_track", "nearest_track", "mean_profile", "sequence_ridge")
+LABEL_BASELINES = ("kmer", "majority")
+
+
+@dataclass(frozen=True)
+class GenesConfig:
+    """Gene-level scores from coverage.
+
+    Attributes:
+        gtf: genes; ``rename`` maps its chromosome names to the genome's.
+        contrasts: (condition, reference) pairs whose fold changes are compared.
+        truth: a DESeq2 or edgeR table to take as the truth of the first contrast, instead of the observed tracks.
+    """
+
+    gtf: Path
+    rename: Mapping[str, str] = field(default_factory=dict)
+    settings: GeneSettings = field(default_factory=GeneSettings)
+    contrasts: tuple[tuple[str, str], ...] = ()
+    truth: Path | None = None
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """How a run is scored.
+
+    Attributes:
+        fold: which regions.
+        ensemble: views to average over: both strands, shifts.
+        baselines: which; None for all that suit the data.
+        draws: bootstrap draws.
+        block: bp of neighbouring regions that are drawn together; None for 50 kb or two regions, whichever is more.
+        genes: gene-level scores, if asked.
+        original: a prepared dataset with the tracks that the trunk was pretrained on: how much of them was forgotten.
+        batch_size: regions per forward pass.
+    """
+
+    fold: str = "test"
+    ensemble: Augmentation = FORWARD_ONLY
+    baselines: tuple[str, ...] | None = None
+    draws: int = 1000
+    block: int | None = None
+    genes: GenesConfig | None = None
+    original: Path | None = None
+    batch_size: int = 16
+
+    def __post_init__(self) -> None:
+        known = (*COVERAGE_BASELINES, *LABEL_BASELINES, "random_trunk")
+        unknown = [name for name in self.baselines or () if name not in known]
+        if unknown:
+            raise ConfigError(
+                "there is no such baseline",
+                unknown,
+                where="evaluate.baselines",
+                remedy=f"Choose from {', '.join(known)}",
+            )
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What was found.
+
+    Attributes:
+        metrics: model, fold, group, track ("" for the mean over tracks), metric, value, low, high, n, unit, note.
+        differences: the run minus each baseline in the leading metric, by paired bootstrap: baseline, track, metric,
+            value, low, high, unit.
+        genes: gene-level scores, or None.
+        moments: statistics of the run per region, for paired comparisons with other runs.
+        examples: arrays of a few regions for figures.
+    """
+
+    metrics: pd.DataFrame
+    differences: pd.DataFrame
+    genes: pd.DataFrame | None
+    moments: Mapping[str, Array]
+    examples: Mapping[str, Array]
+
+    def save(self, folder: Path) -> None:
+        """Writes the tables; nothing is left half-written."""
+        with new_folder(folder, replace_existing=True) as building:
+            self.metrics.to_parquet(building / "metrics.parquet")
+            self.differences.to_parquet(building / "differences.parquet")
+            if self.genes is not None:
+                self.genes.to_parquet(building / "genes.parquet")
+            np.savez(building / "moments.npz", **self.moments)  # type: ignore[arg-type]
+            np.savez_compressed(building / "examples.npz", **self.examples)  # type: ignore[arg-type]
+
+
+def evaluate_model(
+    model: SequenceModel,
+    dataset: Dataset,
+    config: EvaluateConfig,
+    label: str,
+    start: ModelConfig,
+    *,
+    fold: str | None = None,
+) -> Evaluation:
+    """Scores a model and its baselines on a fold.
+
+    Args:
+        label: the model's name in the tables.
+        start: the model it was adapted from; its own tracks serve as baselines.
+
+    Raises:
+        ConfigError: the fold is empty, or a baseline does not suit the data.
+    """
+    fold = fold or config.fold
+    rows = dataset.rows(fold)
+    tracks = dataset.tracks
+    truth = dataset.squashed_targets(rows)
+    own = predict(model, dataset, rows, ensemble=config.ensemble, batch_size=config.batch_size, what=f"predict {fold}")[
+        :, : len(tracks)
+    ]
+    predictions: dict[str, Array] = {label: own, **_baselines(dataset, config, start, rows)}
+    regions = dataset.regions.iloc[rows]
+    blocks = segment_blocks(
+        regions["chrom"].tolist(), regions["start"].to_numpy(), regions["end"].to_numpy(), config.block
+    )
+    unit = "label" if dataset.info.bins == 1 else "squashed"
+    cards = {name: _cards(tracks, truth, values, rows) for name, values in predictions.items()}
+    tables = [_table(name, fold, unit, found, blocks, config) for name, found in cards.items()]
+    if unit == "squashed":
+        raw_truth = dataset.raw_targets(rows)
+        for name, values in predictions.items():
+            raw = _cards(
+                tracks, raw_truth, unsquash(values.astype(np.float64), tracks, dataset.info.bin_size), rows, ["pearson"]
+            )
+            tables.append(_table(name, fold, "raw", raw, blocks, config))
+    if config.original is not None:
+        tables.append(_forgetting(model, config, start, label, fold))
+    leading = {name: _leading(found) for name, found in cards.items()}
+    differences = [
+        _difference(leading[label], found, name, blocks, unit, config)
+        for name, found in leading.items()
+        if name != label
+    ]
+    genes = _genes(dataset, rows, predictions, config, fold) if config.genes else None
+    return Evaluation(
+        metrics=pd.concat(tables, ignore_index=True),
+        differences=pd.concat(differences, ignore_index=True) if differences else pd.DataFrame(),
+        genes=genes,
+        moments=_moments(tracks, truth, own, rows, blocks),
+        examples=_examples(dataset, rows, truth, predictions, label),
+    )
+
+
+# ---- baselines ----
+
+
+def _baselines(
+    dataset: Dataset, config: EvaluateConfig, start: ModelConfig, rows: npt.NDArray[np.int64]
+) -> dict[str, Array]:
+    labels = dataset.info.bins == 1
+    suited = LABEL_BASELINES if labels else COVERAGE_BASELINES
+    wanted = suited if config.baselines is None else config.baselines
+    wrong = [name for name in wanted if name not in (*suited, "random_trunk")]
+    if wrong:
+        raise ConfigError(
+            "the baseline does not suit this kind of data",
+            wrong,
+            where="evaluate.baselines",
+            remedy=f"Choose from {', '.join((*suited, 'random_trunk'))}",
+        )
+    found = (
+        _label_baselines(dataset, wanted, rows) if labels else _coverage_baselines(dataset, config, start, wanted, rows)
+    )
+    if "random_trunk" in wanted:
+        control = build_model(
+            replace(start, init="random", head="new"),
+            dataset.tracks,
+            dataset.info,
+            0 if dataset.covariates is None else dataset.covariates.shape[1],
+        )
+        found["random trunk"] = predict(control, dataset, rows, batch_size=config.batch_size, what="random trunk")
+    return found
+
+
+def _examples_of(dataset: Dataset, rows: npt.NDArray[np.int64]) -> Examples:
+    codes, _ = dataset.sequences(rows)
+    covariates = None if dataset.covariates is None else dataset.covariates.iloc[rows].to_numpy()
+    return Examples(codes, dataset.squashed_targets(rows), covariates)
+
+
+def _label_baselines(dataset: Dataset, wanted: Sequence[str], rows: npt.NDArray[np.int64]) -> dict[str, Array]:
+    train, valid, test = (_examples_of(dataset, r) for r in (dataset.rows("train"), dataset.rows("valid"), rows))
+    found: dict[str, Array] = {}
+    if "kmer" in wanted:
+        found["k-mer regression"] = kmer_regression(train, valid, test, dataset.tracks)
+    if "majority" in wanted:
+        found["majority"] = majority(train, len(rows))
+    return found
+
+
+def _coverage_baselines(
+    dataset: Dataset, config: EvaluateConfig, start: ModelConfig, wanted: Sequence[str], rows: npt.NDArray[np.int64]
+) -> dict[str, Array]:
+    found: dict[str, Array] = {}
+    train = dataset.rows("train")
+    some = train[:: max(1, len(train) // 512)]
+    targets = dataset.squashed_targets(some)
+    reference = build_pretrained(start, dataset.info)
+    if reference is not None and {"mean_track", "nearest_track"} & set(wanted):
+        before, after = (
+            predict(
+                reference, dataset, r, ensemble=config.ensemble, batch_size=config.batch_size, what="pretrained tracks"
+            )
+            for r in (some, rows)
+        )
+        if "mean_track" in wanted:
+            found["mean track"] = mean_track(targets, before, after)
+        if "nearest_track" in wanted:
+            found["nearest pretrained track"] = nearest_track(targets, before, after).predictions
+    if "mean_profile" in wanted:
+        found["mean profile"] = mean_profile(targets, len(rows))
+    if "sequence_ridge" in wanted:
+        fitted, checked, here = (_examples_of(dataset, r) for r in (some, dataset.rows("valid")[:256], rows))
+        margin = (dataset.info.window - dataset.info.bins * dataset.info.bin_size) // 2
+        found["3-mer ridge"] = sequence_ridge(fitted, checked, here, dataset.info.bin_size, margin)
+    return {name: np.asarray(values, np.float32) for name, values in found.items()}
+
+
+def _forgetting(
+    model: SequenceModel, config: EvaluateConfig, start: ModelConfig, label: str, fold: str
+) -> pd.DataFrame:
+    """The pretrained tracks scored before and after adaptation, on their own data."""
+    assert config.original is not None
+    original = open_dataset(config.original)
+    reference = build_pretrained(start, original.info)
+    if reference is None:
+        raise ConfigError(
+            "forgetting can only be measured for a pretrained trunk with heads", start.name, where="evaluate.original"
+        )
+    original = original.select_tracks(
+        original.tracks.select([name for name in reference.tracks.names if name in original.tracks.names])
+    )
+    rows = original.rows(fold)
+    order = [reference.tracks.names.index(name) for name in original.tracks.names]
+    truth = original.squashed_targets(rows)
+    regions = original.regions.iloc[rows]
+    blocks = segment_blocks(
+        regions["chrom"].tolist(), regions["start"].to_numpy(), regions["end"].to_numpy(), config.block
+    )
+    before = predict(reference, original, rows, batch_size=config.batch_size, what="original tracks")[:, order]
+    # the adapted trunk under the pretrained heads
+    adapted = SequenceModel(model.trunk, dict(reference.heads.items()), reference.tracks).eval()  # type: ignore[arg-type]
+    after = predict(adapted, original, rows, batch_size=config.batch_size, what="original tracks, adapted")[:, order]
+    first, second = (_cards(original.tracks, truth, values, rows, ["pearson"])[0] for values in (before, after))
+    change = paired_bootstrap(second.statistics, first.statistics, "pearson", blocks, draws=config.draws)
+    parts = [
+        _rows(
+            "pretrained, before",
+            fold,
+            "squashed",
+            first,
+            bootstrap_interval(first.statistics, "pearson", blocks, draws=config.draws),
+            len(rows),
+            "original tracks",
+        ),
+        _rows(
+            label,
+            fold,
+            "squashed",
+            second,
+            bootstrap_interval(second.statistics, "pearson", blocks, draws=config.draws),
+            len(rows),
+            "original tracks, after adaptation",
+        ),
+        _rows(
+            label,
+            fold,
+            "squashed",
+            replace(second, metric="forgetting"),
+            change,
+            len(rows),
+            "change in Pearson of the original tracks",
+        ),
+    ]
+    return pd.concat(parts, ignore_index=True)
+
+
+# ---- tables ----
+
+
+def _cards(
+    tracks: TrackTable,
+    truth: Array,
+    predicted: Array,
+    rows: npt.NDArray[np.int64],
+    metrics: Sequence[str] | None = None,
+) -> list[Card]:
+    card = Scorecard(tracks, metrics)
+    card.update(truth, predicted, rows)
+    return card.result()
+
+
+def _table(
+    model: str, fold: str, unit: str, cards: Sequence[Card], blocks: Array, config: EvaluateConfig
+) -> pd.DataFrame:
+    parts = []
+    for card in cards:
+        # rank metrics need all values for every draw: fewer draws, the same interval to two digits
+        draws = config.draws if METRICS[card.metric].statistic != "values" else min(config.draws, 200)
+        if METRICS[card.metric].statistic == "values" and unit != "label":
+            parts.append(_rows(model, fold, unit, card, _without_interval(card), len(blocks)))
+        else:
+            parts.append(
+                _rows(
+                    model,
+                    fold,
+                    unit,
+                    card,
+                    bootstrap_interval(card.statistics, card.metric, blocks, draws=draws),
+                    len(blocks),
+                )
+            )
+    return pd.concat(parts, ignore_index=True)
+
+
+def _without_interval(card: Card) -> Estimate:
+    values = np.array([score.value for score in card.scores()])
+    nothing = np.full(len(values), np.nan)
+    defined = np.isfinite(values)
+    mean = float(values[defined].mean()) if defined.any() else float("nan")
+    return Estimate(values, nothing, nothing, mean, float("nan"), float("nan"), int((~defined).sum()))
+
+
+def _rows(model: str, fold: str, unit: str, card: Card, estimate: Estimate, n: int, note: str = "") -> pd.DataFrame:
+    """A row per unit, then their mean with track ""; undefined values say why."""
+    shared = {"model": model, "fold": fold, "group": card.group, "metric": card.metric, "n": n, "unit": unit}
+    scores = card.scores() if card.metric in METRICS else [None] * len(card.units)
+    rows = [
+        {
+            **shared,
+            "track": unit_name,
+            "value": value,
+            "low": low,
+            "high": high,
+            "note": note or (score.reason if score else ""),
+        }
+        for unit_name, value, low, high, score in zip(
+            card.units, estimate.value, estimate.low, estimate.high, scores, strict=True
+        )
+    ]
+    skipped = f"{estimate.undefined} of {len(card.units)} tracks undefined and left out" if estimate.undefined else ""
+    rows.append(
+        {
+            **shared,
+            "track": "",
+            "value": estimate.mean,
+            "low": estimate.mean_low,
+            "high": estimate.mean_high,
+            "note": note or skipped,
+        }
+    )
+    return pd.DataFrame(rows)[
+        ["model", "fold", "group", "track", "metric", "value", "low", "high", "n", "unit", "note"]
+    ]
+
+
+def _leading(cards: Sequence[Card]) -> list[Card]:
+    """The leading card of each group."""
+    first: dict[str, Card] = {}
+    for card in cards:
+        first.setdefault(card.group, card)
+    return list(first.values())
+
+
+def _difference(
+    run: Sequence[Card], baseline: Sequence[Card], name: str, blocks: Array, unit: str, config: EvaluateConfig
+) -> pd.DataFrame:
+    parts = []
+    for ours, theirs in zip(run, baseline, strict=True):
+        draws = config.draws if METRICS[ours.metric].statistic != "values" else min(config.draws, 200)
+        estimate = paired_bootstrap(ours.statistics, theirs.statistics, ours.metric, blocks, draws=draws)
+        values = [
+            *zip(ours.units, estimate.value, estimate.low, estimate.high, strict=True),
+            ("", estimate.mean, estimate.mean_low, estimate.mean_high),
+        ]
+        parts.append(
+            pd.DataFrame(
+                [
+                    {
+                        "baseline": name,
+                        "group": ours.group,
+                        "track": t,
+                        "metric": ours.metric,
+                        "value": v,
+                        "low": lo,
+                        "high": hi,
+                        "unit": unit,
+                    }
+                    for t, v, lo, hi in values
+                ]
+            )
+        )
+    return pd.concat(parts, ignore_index=True)
+
+
+def _moments(
+    tracks: TrackTable, truth: Array, predicted: Array, rows: npt.NDArray[np.int64], blocks: Array
+) -> dict[str, Array]:
+    found = Moments.of(truth.astype(np.float64), predicted.astype(np.float64), None, rows)
+    return {"rows": found.rows, "moments": found.sums, "blocks": blocks, "tracks": np.array(tracks.names)}
+
+
+def compare_runs(first: Path, second: Path, *, metric: str = "pearson", draws: int = 1000) -> Estimate:
+    """``first - second`` of two evaluated runs on the same rows and tracks, by paired block bootstrap.
+
+    Raises:
+        ConfigError: the runs were scored on different rows or tracks.
+    """
+    loaded = [np.load(Path(run) / "evaluation" / "moments.npz", allow_pickle=False) for run in (first, second)]
+    same = all(np.array_equal(loaded[0][key], loaded[1][key]) for key in ("rows", "tracks", "blocks"))
+    if not same:
+        raise ConfigError(
+            "the runs were scored on different regions or tracks",
+            [str(first), str(second)],
+            remedy="Evaluate both on the same dataset and fold",
+        )
+    ours, theirs = (Moments(part["rows"], part["moments"]) for part in loaded)
+    return paired_bootstrap(ours, theirs, metric, loaded[0]["blocks"], draws=draws)
+
+
+def _examples(
+    dataset: Dataset, rows: npt.NDArray[np.int64], truth: Array, predictions: Mapping[str, Array], label: str
+) -> dict[str, Array]:
+    """The three regions with most signal, at different places in the fold, for figures."""
+    if dataset.info.bins == 1:
+        return {}
+    order = np.argsort(-np.nansum(truth, axis=(1, 2)))
+    chosen = np.sort(order[np.linspace(0, min(len(order) - 1, max(3, len(order) // 10)), 3).astype(int)])
+    regions = dataset.regions.iloc[rows[chosen]]
+    others = [name for name in predictions if name != label]
+    best = next(
+        (name for name in ("nearest pretrained track", "mean track") if name in others), others[0] if others else None
+    )
+    return {
+        "chrom": regions["chrom"].to_numpy(dtype=str),
+        "start": regions["start"].to_numpy(),
+        "bin_size": np.array(dataset.info.bin_size),
+        "tracks": np.array(dataset.tracks.names),
+        "observed": truth[chosen],
+        "predicted": predictions[label][chosen].astype(np.float32),
+        "model": np.array(label),
+        **({"baseline": predictions[best][chosen].astype(np.float32), "baseline_name": np.array(best)} if best else {}),
+    }
+
+
+# ---- genes ----
+
+
+def _genes(
+    dataset: Dataset, rows: npt.NDArray[np.int64], predictions: Mapping[str, Array], config: EvaluateConfig, fold: str
+) -> pd.DataFrame:
+    """Levels, specificity and fold changes of the genes in the fold's regions, for every model."""
+    genes = config.genes
+    assert genes is not None
+    if dataset.genome is None or dataset.info.bins == 1:
+        raise ConfigError("gene-level scores need coverage over a genome", str(genes.gtf), where="evaluate.genes")
+    exons = read_gtf(genes.gtf, rename=genes.rename)
+    match_chroms(exons["chrom"].unique(), dataset.genome, genes.gtf)
+    info, settings = dataset.info, genes.settings
+    found = gene_bins(exons, dataset.regions.iloc[rows], info.bins, info.bin_size, settings)
+    signals = signal_table(dataset.tracks)
+    raw = dataset.raw_targets(rows)
+    valid = np.isfinite(raw)
+    observed = gene_signal(found, raw, signals, valid)
+    tables = []
+    for name, values in predictions.items():
+        predicted = gene_signal(
+            found, unsquash(values.astype(np.float64), dataset.tracks, info.bin_size), signals, valid
+        )
+        parts = [gene_scores(observed, predicted, signals, settings, draws=config.draws)]
+        for number, (condition, reference) in enumerate(genes.contrasts):
+            high = expressed(observed, signals, (condition, reference), settings)
+            truth = (
+                read_fold_changes(genes.truth)
+                if genes.truth and number == 0
+                else fold_change(observed, signals, condition, reference, settings)[high]
+            )
+            change = fold_change(predicted, signals, condition, reference, settings)
+            parts.append(fold_change_scores(truth, change, name=f"{condition}/{reference}", draws=config.draws))
+        tables.append(pd.concat(parts, ignore_index=True).assign(model=name, fold=fold))
+    return pd.concat(tables, ignore_index=True)

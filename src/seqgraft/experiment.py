@@ -1,0 +1,224 @@
+"""Experiments: the YAML file is the constructor.
+
+Every section of the file is a frozen dataclass and every key one of its fields; ``kind`` picks the class where there
+is a choice. Unknown keys, wrong types and values out of range are reported together. ``${NAME}`` is taken from the
+environment. This module is the only door to pydantic and yaml.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import os
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import TypeAdapter, ValidationError
+
+from seqgraft.adapters import ADAPTERS, Adapter
+from seqgraft.adapters.freeze import LinearProbe
+from seqgraft.data import SOURCES
+from seqgraft.errors import ConfigError, Problems, SeqgraftError
+from seqgraft.evaluate import EvaluateConfig
+from seqgraft.losses import LOSSES, Loss
+from seqgraft.models.weights import ModelConfig
+from seqgraft.train import TrainConfig
+
+__all__ = [
+    "Experiment",
+    "build",
+    "parse_experiment",
+    "parse_source",
+    "read_experiment",
+    "read_yaml",
+    "settings_of",
+    "write_yaml",
+]
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """One run: data, model, adapter, loss, training and evaluation.
+
+    Attributes:
+        data: folder of a prepared dataset.
+        loss: one loss for all groups of tracks, or group -> loss; the usual one of each link if not given.
+        allow_exposure: train although test windows overlap regions that the trunk was pretrained on.
+    """
+
+    data: Path
+    model: ModelConfig = field(default_factory=ModelConfig)
+    adapter: Adapter = field(default_factory=LinearProbe)
+    loss: Loss | Mapping[str, Loss] | None = None
+    train: TrainConfig = field(default_factory=TrainConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    allow_exposure: bool = False
+
+
+def read_yaml(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """The mapping in a YAML file, with ``a.b=value`` overrides applied.
+
+    Raises:
+        ConfigError: the file is missing or is not a YAML mapping; an override without ``=``.
+    """
+    try:
+        content = yaml.safe_load(Path(path).read_text())
+    except FileNotFoundError as error:
+        raise ConfigError("the file does not exist", str(path)) from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"the file cannot be read ({error})", where=path) from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"the file is not valid YAML ({' '.join(str(error).split())})", where=path) from error
+    if not isinstance(content, dict):
+        raise ConfigError("the file must hold 'key: value' lines", type(content).__name__, where=path)
+    for override in overrides:
+        name, equals, text = override.partition("=")
+        if not equals:
+            raise ConfigError("a setting is given as section.key=value", override, where="--set")
+        *parents, last = name.split(".")
+        section = content
+        for parent in parents:
+            section = section.setdefault(parent, {})
+            if not isinstance(section, dict):
+                raise ConfigError("the key is not a section", parent, where="--set")
+        section[last] = yaml.safe_load(text)
+    expanded: dict[str, Any] = _expand(content, str(path))
+    return expanded
+
+
+def _expand(content: Any, where: str) -> Any:
+    """``${NAME}`` in any text becomes the environment variable of that name."""
+    if isinstance(content, dict):
+        return {key: _expand(value, where) for key, value in content.items()}
+    if isinstance(content, list):
+        return [_expand(value, where) for value in content]
+    if isinstance(content, str) and "${" in content:
+        content = os.path.expandvars(content)
+        if "${" in content:
+            raise ConfigError(
+                "the text names an environment variable that is not set",
+                content,
+                where=where,
+                remedy="Set it, or write the path out",
+            )
+    return content
+
+
+def write_yaml(path: Path, content: Mapping[str, Any]) -> None:
+    """Writes a mapping, keys in their order."""
+    path.write_text(yaml.safe_dump(dict(content), sort_keys=False))
+
+
+def read_experiment(path: Path, overrides: Sequence[str] = ()) -> Experiment:
+    """The experiment in a YAML file.
+
+    Raises:
+        ConfigError: everything that is wrong with it, at once.
+    """
+    return parse_experiment(read_yaml(path, overrides), str(path))
+
+
+def parse_experiment(content: Mapping[str, Any], where: str = "experiment") -> Experiment:
+    """The experiment that a mapping describes, such as a YAML file's content."""
+    return build(Experiment, content, where)
+
+
+def parse_source(content: Mapping[str, Any], where: str = "data.yaml") -> Any:
+    """The data source of a ``prepare`` file: ``kind`` names its class, the other keys are its fields."""
+    return _build_kind({kind: source for kind, (source, _) in SOURCES.items()}, content, where)
+
+
+def settings_of(value: object) -> Any:
+    """The inverse of ``build``: plain mappings, lists, numbers and text, with ``kind`` where it is needed."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {f.name: settings_of(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        kind = next((name for registry in _registries() for name, cls in registry.items() if type(value) is cls), None)
+        return {"kind": kind, **fields} if kind else fields
+    if isinstance(value, Mapping):
+        return {str(key): settings_of(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [settings_of(item) for item in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def _registries() -> list[Mapping[str, type]]:
+    return [ADAPTERS, LOSSES, {kind: source for kind, (source, _) in SOURCES.items()}]
+
+
+def build(cls: type[T], content: object, where: str) -> T:
+    """A frozen dataclass from a mapping of its fields, nested ones included.
+
+    Raises:
+        ConfigError: unknown or missing keys, wrong types, values that the class refuses; all of them at once.
+    """
+    if not isinstance(content, Mapping):
+        raise ConfigError("must be a section of 'key: value' lines", content, where=where)
+    hints = typing.get_type_hints(cls)
+    fields = {f.name: f for f in dataclasses.fields(cls) if f.init}  # type: ignore[arg-type]
+    problems = Problems(ConfigError)
+    values: dict[str, Any] = {}
+    for key, value in content.items():
+        if key not in fields:
+            close = difflib.get_close_matches(str(key), fields, n=1)
+            remedy = f"Did you mean {close[0]!r}?" if close else f"The keys here are {', '.join(fields)}"
+            problems.add("there is no such key", key, where=where, remedy=remedy)
+            continue
+        try:
+            values[key] = _convert(hints[key], value, f"{where}: {key}" if ":" not in where else f"{where}.{key}")
+        except SeqgraftError as error:
+            problems.found.append(error)
+    for name, f in fields.items():
+        required = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+        if required and name not in content:
+            problems.add("a key is missing", name, where=where, remedy="Add it")
+    problems.raise_if_any()
+    return cls(**values)
+
+
+def _build_kind(registry: Mapping[str, type], content: object, where: str) -> Any:
+    if not isinstance(content, Mapping) or "kind" not in content:
+        raise ConfigError(
+            "must be a section with a 'kind'", content, where=where, remedy=f"The kinds are {', '.join(registry)}"
+        )
+    kind = content["kind"]
+    if kind not in registry:
+        raise ConfigError("there is no such kind", kind, where=where, remedy=f"Choose one of {', '.join(registry)}")
+    return build(registry[kind], {key: value for key, value in content.items() if key != "kind"}, where)
+
+
+def _convert(hint: Any, value: object, where: str) -> Any:
+    if hint is Adapter:
+        return _build_kind(ADAPTERS, value, where)
+    options = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+    if value is None and type(None) in options:
+        return None
+    if Loss in options:
+        if isinstance(value, Mapping) and "kind" not in value:
+            return {str(group): _build_kind(LOSSES, part, f"{where}.{group}") for group, part in value.items()}
+        return _build_kind(LOSSES, value, where)
+    nested = [option for option in options if dataclasses.is_dataclass(option)]
+    if nested and isinstance(value, Mapping):
+        return build(nested[0], value, where)  # type: ignore[arg-type]
+    items = [
+        a
+        for o in options
+        if typing.get_origin(o) in (list, tuple)
+        for a in typing.get_args(o)
+        if dataclasses.is_dataclass(a)
+    ]
+    if items and isinstance(value, Sequence) and not isinstance(value, str):
+        return tuple(build(items[0], item, f"{where}[{number}]") for number, item in enumerate(value))  # type: ignore[arg-type]
+    try:
+        return TypeAdapter(hint, config={"arbitrary_types_allowed": True}).validate_python(value)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise ConfigError(
+            first["msg"].removeprefix("Value error, ").removeprefix("Input ").capitalize(), value, where=where
+        ) from error

@@ -1,0 +1,289 @@
+"""Run directories: what a run reads, makes and leaves behind.
+
+::
+
+    runs/NAME/
+      experiment.yaml     resolved: every default written out
+      environment.json    versions, command, dataset, model, counts, cost
+      log.csv             one row per epoch
+      checkpoints/        last.safetensors (to resume), best.safetensors
+      adapter/            adapter.json, weights.safetensors
+      evaluation/         metrics.parquet, differences.parquet, genes.parquet, moments.npz, examples.npz
+      report.html
+"""
+
+from __future__ import annotations
+
+import platform
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from seqgraft import __version__
+from seqgraft.adapters import Counts, adapt, load_adapter, merge, save_adapter
+from seqgraft.data import prepare_source
+from seqgraft.data.dataset import Dataset, open_dataset, write_json
+from seqgraft.errors import ModelError, RunError
+from seqgraft.evaluate import Evaluation, evaluate_model
+from seqgraft.experiment import Experiment, parse_source, read_experiment, read_yaml, settings_of, write_yaml
+from seqgraft.models.base import Head, SequenceModel
+from seqgraft.models.weights import build_model, find_model, save_model
+from seqgraft.objectives import Elementwise
+from seqgraft.output import check_output, write_embeddings, write_predictions
+from seqgraft.predict import embed, predict_batches
+from seqgraft.regions import regions_for_prediction
+from seqgraft.train import FitResult, fit
+
+__all__ = [
+    "Run",
+    "build_run",
+    "embed_run",
+    "evaluate_run",
+    "export_run",
+    "fit_run",
+    "label_of",
+    "objective_of",
+    "open_run",
+    "predict_run",
+    "prepare",
+]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run: its settings, its data and its model with the adapter in place."""
+
+    folder: Path
+    experiment: Experiment
+    dataset: Dataset
+    model: SequenceModel
+
+
+def prepare(source: Path, folder: Path, overrides: tuple[str, ...] = ()) -> Dataset:
+    """Prepares the dataset that a YAML file describes.
+
+    Raises:
+        ConfigError: the file is wrong.
+        DataError: the data are wrong.
+        RunError: the folder exists or cannot be written.
+    """
+    settings = parse_source(read_yaml(source, overrides), str(source))
+    return prepare_source(settings, Path(folder))
+
+
+def label_of(experiment: Experiment) -> str:
+    """The run's name in tables: its adapter, or "from scratch" for a trunk with random weights that trains."""
+    random = experiment.model.init == "random" or find_model(experiment.model.name) is None
+    if not random:
+        return experiment.adapter.label
+    return "from scratch" if experiment.adapter.kind == "full" else f"{experiment.adapter.label} on random weights"
+
+
+def objective_of(experiment: Experiment, dataset: Dataset) -> Elementwise:
+    """The objective that the experiment's loss means for these tracks."""
+    loss = experiment.loss
+    losses = loss if isinstance(loss, Mapping) else dict.fromkeys(dataset.tracks.groups, loss) if loss else None
+    return Elementwise(dataset.tracks, losses, dataset.info.settings.get("class_weights"))
+
+
+def build_run(experiment: Experiment, dataset: Dataset | None = None) -> tuple[SequenceModel, Dataset]:
+    """Model (without its adapter) and dataset of an experiment; new heads start at the training means.
+
+    The same seed gives the same model.
+    """
+    dataset = dataset or open_dataset(experiment.data)
+    torch.manual_seed(experiment.train.seed)
+    covariates = 0 if dataset.covariates is None else dataset.covariates.shape[1]
+    model = build_model(experiment.model, dataset.tracks, dataset.info, covariates)
+    rows = dataset.rows("train")
+    means = np.nanmean(dataset.squashed_targets(rows[:: max(1, len(rows) // 512)]).astype(np.float64), axis=(0, 2))
+    names = list(dataset.tracks.names)
+    for name, head in model.heads.items():
+        if name.startswith("new_") and isinstance(head, Head):
+            head.start_at(np.nan_to_num(means[[names.index(track) for track in head.tracks.names]]))
+    return model, dataset
+
+
+def fit_run(experiment: Experiment, folder: Path, *, resume: bool = False) -> FitResult:
+    """Trains an experiment into a run directory; ``plan`` should have found nothing wrong.
+
+    Raises:
+        RunError: the directory holds a run already and ``resume`` is off.
+        SeqgraftError: whatever else stands in the way, before or while training.
+    """
+    folder = Path(folder)
+    main = not _other_process()
+    if (folder / "experiment.yaml").exists() and not resume:
+        raise RunError(
+            "the run directory holds a run already",
+            str(folder),
+            remedy="Continue it with --resume, or choose another name",
+        )
+    model, dataset = build_run(experiment)
+    objective = objective_of(experiment, dataset)
+    counts = adapt(model, experiment.adapter)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if main:
+            write_yaml(folder / "experiment.yaml", settings_of(experiment))
+            write_json(folder / "environment.json", _environment(experiment, dataset, model, counts))
+    except OSError as error:
+        raise RunError(
+            f"the run directory cannot be written ({error.strerror})",
+            str(folder),
+            remedy="Choose a folder that you can write to",
+        ) from error
+    result = fit(model, dataset, objective, experiment.train, folder, resume=resume)
+    if main:
+        base = {"name": experiment.model.name, "init": experiment.model.init}
+        save_adapter(model, folder / "adapter", base, folds=_fold_counts(dataset), replace_existing=True)
+        environment = _environment(experiment, dataset, model, counts)
+        write_json(
+            folder / "environment.json",
+            environment
+            | {"result": asdict(result), "seconds": result.seconds, "peak_memory_bytes": result.peak_memory_bytes},
+        )
+    return result
+
+
+def _other_process() -> bool:
+    import os
+
+    return int(os.environ.get("RANK", "0")) > 0
+
+
+def open_run(folder: Path) -> Run:
+    """A finished run, ready to predict.
+
+    Raises:
+        RunError: there is no finished run.
+        ModelError: the adapter and the weights below it do not belong together.
+    """
+    folder = Path(folder)
+    if not (folder / "experiment.yaml").exists():
+        raise RunError("this is not a run directory", str(folder), remedy="Give the folder that 'seqgraft fit' wrote")
+    if not (folder / "adapter").exists():
+        raise RunError("the run was not finished", str(folder), remedy="Continue it with 'seqgraft fit ... --resume'")
+    experiment = read_experiment(folder / "experiment.yaml")
+    model, dataset = build_run(experiment)
+    load_adapter(model, folder / "adapter")
+    if torch.cuda.is_available():
+        model.to("cuda")
+    return Run(folder, experiment, dataset, model.eval())
+
+
+def evaluate_run(folder: Path, fold: str | None = None) -> Evaluation:
+    """Scores a run and its baselines and writes ``evaluation/``."""
+    run = open_run(folder)
+    config = run.experiment.evaluate
+    evaluation = evaluate_model(
+        run.model, run.dataset, config, label_of(run.experiment), run.experiment.model, fold=fold or config.fold
+    )
+    evaluation.save(run.folder / "evaluation")
+    return evaluation
+
+
+def predict_run(folder: Path, source: Path, out: Path) -> list[Path]:
+    """Predicts the regions (BED) or sequences (FASTA, table) of a file in raw units; returns the files written."""
+    run = open_run(folder)
+    dataset = _inputs(run, source)
+    check_output(out, dataset)
+    config = run.experiment.evaluate
+    batches = predict_batches(
+        run.model, dataset, np.arange(len(dataset)), ensemble=config.ensemble, batch_size=config.batch_size
+    )
+    return write_predictions(out, dataset, batches, run.model.tracks)
+
+
+def embed_run(folder: Path, source: Path, out: Path) -> Path:
+    """Writes the trunk's features, averaged over each region or sequence, as Parquet."""
+    run = open_run(folder)
+    dataset = _inputs(run, source)
+    config = run.experiment.evaluate
+    rows = np.arange(len(dataset))
+    return write_embeddings(
+        out, dataset, rows, embed(run.model, dataset, rows, ensemble=config.ensemble, batch_size=config.batch_size)
+    )
+
+
+def _inputs(run: Run, source: Path) -> Dataset:
+    covariates = [] if run.dataset.covariates is None else list(run.dataset.covariates.columns)
+    return regions_for_prediction(source, run.dataset.info, run.model.tracks, run.dataset.genome, covariates)
+
+
+def export_run(folder: Path, out: Path, *, name: str, licence: str = "", citation: str = "", card: str = "") -> float:
+    """Merges the run's adapter and writes a model folder that ``model.name`` accepts.
+
+    Returns:
+        The largest relative difference that merging made.
+
+    Raises:
+        ModelError: the adapter cannot be merged.
+    """
+    run = open_run(folder)
+    difference = merge(run.model)
+    if any(head.pool != "none" for head in run.model.heads.values() if isinstance(head, Head)):
+        raise ModelError("only models with bins can be exported as a trunk", str(folder))
+    fitted = run.dataset.regions[run.dataset.regions["fold"].isin(["train"])].copy()
+    margin = (run.dataset.info.window - run.dataset.info.bins * run.dataset.info.bin_size) // 2
+    fitted["start"], fitted["end"] = (fitted["start"] - margin).clip(lower=0), fitted["end"] + margin
+    parameters = sum(p.numel() for p in run.model.trunk.parameters())
+    save_model(
+        run.model,
+        Path(out),
+        name=name,
+        info=run.dataset.info,
+        licence=licence,
+        citation=citation,
+        trained_on=fitted,
+        card=card,
+        parameters=parameters,
+        seqgraft=__version__,
+    )
+    return difference
+
+
+def _fold_counts(dataset: Dataset) -> dict[str, int]:
+    return {str(fold): int(count) for fold, count in dataset.regions["fold"].value_counts().items()}
+
+
+def _environment(experiment: Experiment, dataset: Dataset, model: SequenceModel, counts: Counts) -> dict[str, Any]:
+    info = dataset.info
+    return {
+        "versions": {
+            "seqgraft": __version__,
+            "python": platform.python_version(),
+            **{name: version(name) for name in ("torch", "numpy", "peft", "accelerate", "transformers")},
+        },
+        "platform": platform.platform(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
+        "threads": torch.get_num_threads(),
+        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "label": label_of(experiment),
+        "dataset": {
+            "folder": str(dataset.folder),
+            "hash": dataset.hash,
+            "kind": info.kind,
+            "window": info.window,
+            "bins": info.bins,
+            "bin_size": info.bin_size,
+            "folds": _fold_counts(dataset),
+            "tracks": dataset.tracks.names,
+            "notes": info.notes,
+        },
+        "model": {
+            "name": experiment.model.name,
+            "init": experiment.model.init,
+            "licence": model.trunk.spec.licence,
+            "citation": model.trunk.spec.citation,
+            "weights": model.trunk.spec.weights,
+            "parameters": sum(p.numel() for p in model.trunk.parameters()),
+        },
+        "counts": asdict(counts),
+    }
