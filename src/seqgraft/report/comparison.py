@@ -1,0 +1,103 @@
+"""Several runs on one page: one table and one plot, with the baselines of all of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import pandas as pd
+
+from seqgraft.plots import model_dots, svg
+from seqgraft.report.page import Cell, Chart, Page, RunFiles, Section, Table, held_out
+from seqgraft.report.scores import Key, Score, words
+
+__all__ = ["comparison_page"]
+
+
+def comparison_page(runs: Sequence[RunFiles]) -> Page:
+    """Ranks runs by the leading score of the first one that was evaluated."""
+    names = _names(runs)
+    notes = [f"{name}: {text}" for name, run in names.items() for text in run.missing]
+    if len({run.part("dataset").get("hash") for run in runs} - {None}) > 1:
+        notes.insert(0, "The runs were evaluated on different data, so their scores do not compare.")
+    first = next((run for run in runs if run.scores is not None), None)
+    if first is None or first.scores is None:
+        table = _table(names, {}, {}, "score")
+        return Page(f"{len(runs)} runs, none of them evaluated", "", tuple(notes), (Section("Runs", (table,)),))
+    key = first.scores.main(first.label)
+    found = {name: run.scores.get(run.label, key) for name, run in names.items() if run.scores is not None}
+    own = {name: score for name, score in found.items() if score is not None}
+    others = _others(names, key)
+    title = _title(own, others, key, held_out(first, key.fold))
+    blocks = (_table(names, own, others, key.column), _chart(own, others, key, title))
+    sections = (Section("Methods", blocks),)
+    return Page(title, "", tuple(notes), sections)
+
+
+def _names(runs: Sequence[RunFiles]) -> dict[str, RunFiles]:
+    """Each run's label, with its folder where two share one."""
+    labels = [run.label for run in runs]
+    return {r.label if labels.count(r.label) == 1 else f"{r.label} ({r.folder.resolve().name})": r for r in runs}
+
+
+def _others(names: Mapping[str, RunFiles], key: Key) -> dict[str, Score]:
+    """All baselines; one that differs between runs is listed for each of them."""
+    labels = {run.label for run in names.values()}
+    others: dict[str, Score] = {}
+    for name, run in names.items():
+        for model, score in (run.scores.others(run.label, key) if run.scores else {}).items():
+            known = others.get(model)
+            if known is not None and not math.isclose(known.value, score.value, rel_tol=1e-6, abs_tol=1e-9):
+                others[f"{model} ({name})"] = score
+            elif model not in labels:
+                others.setdefault(model, score)
+    return others
+
+
+def _title(own: Mapping[str, Score], others: Mapping[str, Score], key: Key, place: str) -> str:
+    if not own:
+        return f"{key.text}{place} is undefined for every run"
+    ranked = sorted(own.items(), key=lambda item: item[1].rank)
+    best, score = ranked[0]
+    text = f"{best} is best of {len(own)} runs with" if len(own) > 1 else f"{best} reaches"
+    text += f" {key.text} {score.short}{place}"
+    if len(ranked) > 1:
+        text += f"; then {ranked[1][0]}, {ranked[1][1].value:z.2f}"
+    baselines = [item for item in others.items() if not item[1].is_ceiling]
+    if not baselines:
+        return text
+    name, rival = min(baselines, key=lambda item: item[1].rank)
+    beaten = "; the best baseline" if score.rank < rival.rank else "; none beats the best baseline"
+    return f"{text}{beaten}, {words(name)}, {rival.value:z.2f}"
+
+
+def _chart(own: Mapping[str, Score], others: Mapping[str, Score], key: Key, title: str) -> Chart:
+    rows = [(name, score, "run") for name, score in own.items()]
+    rows += [(name, score, "ceiling" if score.is_ceiling else "baseline") for name, score in others.items()]
+    rows.sort(key=lambda row: row[1].rank)
+    frame = pd.DataFrame([{"model": n, "value": s.value, "low": s.low, "high": s.high, "group": g} for n, s, g in rows])
+    groups = [group for group in ("run", "baseline", "ceiling") if any(row[2] == group for row in rows)]
+    figure = model_dots(frame, title=title, xlabel=key.axis, groups=groups)
+    what = f"track {key.track}" if key.track else "mean over tracks"
+    caption = f"{key.axis}, {what}, fold {key.fold}. Lines are 95 % bootstrap intervals over regions."
+    return Chart(svg(figure, "methods", title), caption)
+
+
+def _table(names: Mapping[str, RunFiles], own: Mapping[str, Score], others: Mapping[str, Score], score: str) -> Table:
+    rows = [
+        (
+            Cell(name),
+            Cell.score(own.get(name)),
+            Cell.of(run.trained),
+            Cell.of(run.part("result").get("best_epoch")),
+            Cell.duration(run.environment.get("seconds")),
+            Cell.size(run.environment.get("peak_memory_bytes")),
+        )
+        for name, run in names.items()
+    ]
+    unknown = (Cell.of(None),) * 4
+    rows += [(Cell(words(model)), Cell.score(value), *unknown) for model, value in others.items()]
+    best = min(own, key=lambda name: own[name].rank, default=None)
+    strong = frozenset(index for index, name in enumerate(names) if name == best)
+    columns = ("method", score, "trained parameters", "best epoch", "training time", "peak memory")
+    return Table("Runs and, below them, baselines; 95 % intervals in brackets.", columns, tuple(rows), strong)

@@ -1,0 +1,236 @@
+"""What a report is made of, as plain values: the files of a run, and a page of sections with four kinds of block.
+
+Nothing here is HTML, apart from the SVG of a chart.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import pandas as pd
+
+from seqgraft.errors import DataError
+from seqgraft.plots import Examples
+from seqgraft.report.scores import Score, Scores, number
+
+__all__ = [
+    "Cell",
+    "Chart",
+    "Code",
+    "Facts",
+    "Page",
+    "RunFiles",
+    "Section",
+    "Table",
+    "held_out",
+    "is_run",
+    "join",
+    "read_run",
+]
+
+#: File of a run -> what its absence means, and what to do.
+EXPECTED = {
+    "experiment.yaml": "the settings are not known",
+    "environment.json": "data, model, cost and versions are not known",
+    "log.csv": "no epoch of training was finished; continue with 'seqgraft fit --resume'",
+    "adapter/adapter.json": "training was not finished; continue with 'seqgraft fit --resume'",
+    "evaluation/metrics.parquet": "the run was not evaluated; run 'seqgraft evaluate'",
+}
+UNKNOWN = "–"
+
+
+@dataclass(frozen=True)
+class RunFiles:
+    """What a run directory holds; a file that is missing or damaged is None (or empty) and stands in ``missing``."""
+
+    folder: Path
+    label: str
+    experiment: str
+    environment: Mapping[str, Any]
+    adapter_bytes: int
+    log: pd.DataFrame | None
+    scores: Scores | None
+    differences: pd.DataFrame | None
+    genes: pd.DataFrame | None
+    examples: Examples | None
+    missing: tuple[str, ...]
+
+    def part(self, name: str) -> Mapping[str, Any]:
+        """A section of ``environment.json``: "dataset", "model", "counts", "result", "versions"; empty if absent."""
+        found = self.environment.get(name)
+        return found if isinstance(found, dict) else {}
+
+    @property
+    def trained(self) -> int | None:
+        """How many numbers were trained, None if not known."""
+        counts = self.part("counts")
+        return sum(counts.get(part, 0) for part in ("adapter", "head", "trunk")) if counts else None
+
+
+@dataclass(frozen=True)
+class Cell:
+    """Text, and what it sorts by."""
+
+    text: str
+    sort: float | None = None
+
+    @classmethod
+    def of(cls, value: object) -> Self:
+        """Any value of a table; numbers with three digits."""
+        if value is None or (isinstance(value, float) and not math.isfinite(value)):
+            return cls(UNKNOWN)
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            return cls(str(value))
+        return cls(number(value), float(value))
+
+    @classmethod
+    def score(cls, score: Score | None) -> Self:
+        """A score with its interval."""
+        return cls(UNKNOWN) if score is None else cls(score.long, score.value)
+
+    @classmethod
+    def duration(cls, seconds: float | None) -> Self:
+        """Hours, minutes and seconds."""
+        if seconds is None:
+            return cls(UNKNOWN)
+        minutes, rest = divmod(round(seconds), 60)
+        hours, minutes = divmod(minutes, 60)
+        text = f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{seconds:.3g} s"
+        return cls(text, float(seconds))
+
+    @classmethod
+    def size(cls, size: float | None) -> Self:
+        """Bytes; 0 is not known."""
+        if not size:
+            return cls(UNKNOWN)
+        power = min(int(math.log(size, 1000)), 4)
+        return cls(f"{size / 1000**power:.3g} {('B', 'kB', 'MB', 'GB', 'TB')[power]}", float(size))
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of cells; ``strong`` are the numbers of rows that stand out."""
+
+    caption: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[Cell, ...], ...]
+    strong: frozenset[int] = frozenset()
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A figure as SVG, with the words for who wants to know how to read it."""
+
+    svg: str
+    caption: str
+
+
+@dataclass(frozen=True)
+class Facts:
+    """Terms and what they are."""
+
+    pairs: tuple[tuple[str, str], ...]
+
+    @classmethod
+    def of(cls, *pairs: tuple[str, object]) -> Self:
+        """The pairs whose value is known."""
+        return cls(tuple((term, str(value)) for term, value in pairs if value not in (None, "", UNKNOWN, {}, [])))
+
+
+@dataclass(frozen=True)
+class Code:
+    """Something to copy."""
+
+    caption: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of the page; a folded one opens on demand."""
+
+    title: str
+    blocks: tuple[Table | Chart | Facts | Code, ...]
+    folded: bool = False
+
+
+@dataclass(frozen=True)
+class Page:
+    """A whole report."""
+
+    title: str
+    lead: str
+    missing: tuple[str, ...]
+    sections: tuple[Section, ...]
+
+
+def is_run(folder: Path) -> bool:
+    """Whether the folder looks like a run directory, finished or not."""
+    return any((folder / name).is_file() for name in EXPECTED)
+
+
+def read_run(folder: Path) -> RunFiles:
+    """Reads what there is; a file that is missing, truncated or not what its name says is listed, never an error."""
+    missing = [f"{name} is missing: {means}." for name, means in EXPECTED.items() if not (folder / name).is_file()]
+
+    def read(name: str, reader: Callable[[Path], Any]) -> Any:
+        path = folder / name
+        if not path.is_file():
+            return None
+        try:
+            return reader(path)
+        except (OSError, ValueError, KeyError, DataError) as error:
+            missing.append(f"{name} cannot be read ({(str(error).splitlines() or [type(error).__name__])[0]}).")
+            return None
+
+    environment = read("environment.json", _read_json) or {}
+    adapter = read("adapter/adapter.json", _read_json) or {}
+    scores = read("evaluation/metrics.parquet", lambda path: Scores.of(pd.read_parquet(path)))
+    first = scores.models[0] if scores is not None else folder.resolve().name
+    weights = folder / "adapter" / "weights.safetensors"
+    return RunFiles(
+        folder=folder,
+        label=str(environment.get("label") or adapter.get("label") or first),
+        experiment=read("experiment.yaml", lambda path: path.read_text(encoding="utf-8")) or "",
+        environment=environment,
+        adapter_bytes=weights.stat().st_size if weights.is_file() else 0,
+        log=read("log.csv", _read_log),
+        scores=scores,
+        differences=read("evaluation/differences.parquet", pd.read_parquet),
+        genes=read("evaluation/genes.parquet", pd.read_parquet),
+        examples=read("evaluation/examples.npz", Examples.load),
+        missing=tuple(missing),
+    )
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    content = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(content, dict):
+        raise ValueError("it holds no JSON object")
+    return content
+
+
+def _read_log(path: Path) -> pd.DataFrame:
+    log = pd.read_csv(path)
+    if "epoch" not in log or not pd.api.types.is_numeric_dtype(log["epoch"]) or log["epoch"].isna().any():
+        raise ValueError("it has no column of epochs")
+    return log
+
+
+def held_out(run: RunFiles, fold: str) -> str:
+    """Where the scores come from: " on held-out chrXIV and chrXVI", with the chromosomes if they are few and known."""
+    chroms = run.part("dataset").get("chroms")
+    named = chroms.get(fold, []) if isinstance(chroms, dict) else []
+    if 0 < len(named) <= 4:
+        return f" on held-out {join(named)}"
+    return {"test": " on held-out test regions", "valid": " on validation regions"}.get(fold, f" on the fold {fold}")
+
+
+def join(names: list[str]) -> str:
+    """a, b and c."""
+    return " and ".join(filter(None, [", ".join(names[:-1]), *names[-1:]]))
