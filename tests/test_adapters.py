@@ -331,6 +331,7 @@ def test_quantised_base_merges_into_full_precision() -> None:
     adapt(model, LoRA(quantize="nf4"))
     query = model.trunk.stages["transformer_0"].query
     assert type(query.base_layer).__name__ == "Linear4bit"
+    assert query.base_layer.frozen
     assert type(model.trunk.stages["transformer_0"].up).__name__ == "Linear4bit"
     train(model)
     change = 2 * query.lora_B["default"].weight @ query.lora_A["default"].weight

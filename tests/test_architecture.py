@@ -47,7 +47,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("run",),
     ("plan",),
     # 8
-    ("report", "report.page"),
+    ("report", "report.page", "report.scores", "report.run", "report.comparison"),
     # 9
     ("demo",),
     ("cli",),
@@ -63,6 +63,7 @@ BASES = {
     },
     "models": {"models.base"},
     "adapters": {"adapters.base"},
+    "report": {"report.page", "report.scores"},
 }
 REGISTRIES = {"data", "models", "models.weights", "adapters", "report"}
 
@@ -70,7 +71,7 @@ DOORS: dict[str, set[str]] = {
     "accelerate": {"train"},
     "bitsandbytes": {"adapters.lora"},
     "h5py": {"models.weights"},
-    "jinja2": {"report.page"},
+    "jinja2": {"report"},
     "matplotlib": {"plots"},
     "peft": {"adapters.lora"},
     "pybigtools": {"bigwig", "tracks"},

@@ -308,14 +308,13 @@ def check_gradients(model: SequenceModel, alive: set[str], *, last: bool = False
     """
     groups = adapted_of(model).groups
     grads = {name: p.grad for name, p in model.named_parameters()}
-    trains = {name for name, p in model.named_parameters() if p.requires_grad}
+    trains = [name for name, p in model.named_parameters() if p.requires_grad]
     problems = Problems(ModelError)
     flat = [name for name, grad in grads.items() if name in groups and grad is not None and not grad.any()]
     alive = alive | (groups.keys() - flat)
     frozen = [name for name, module in model.named_modules() if getattr(module, "frozen", False) and module.training]
     found_of = {
         "these tensors train although they were frozen": [n for n in trains if n not in groups],
-        "these tensors should train and are frozen": [n for n in groups if n not in trains],
         "these frozen tensors have a gradient": [
             n for n, grad in grads.items() if n not in groups and grad is not None
         ],
@@ -326,7 +325,7 @@ def check_gradients(model: SequenceModel, alive: set[str], *, last: bool = False
     }
     for what, found in found_of.items():
         if found:
-            problems.add(what, found, where=adapted_of(model).adapter.label)
+            problems.add(what, _some(found), where=adapted_of(model).adapter.label)
     problems.raise_if_any()
     return alive
 
@@ -341,7 +340,11 @@ def check_frozen(model: SequenceModel) -> None:
     moved = [name for name, value in adapted_of(model).frozen.items() if now.get(name) != value]
     if moved:
         where = adapted_of(model).adapter.label
-        raise ModelError("frozen tensors have changed since the model was adapted", moved, where=where)
+        raise ModelError("frozen tensors have changed since the model was adapted", _some(moved), where=where)
+
+
+def _some(names: Sequence[str]) -> list[str]:
+    return list(names) if len(names) <= 10 else [*names[:10], f"and {len(names) - 10} more"]
 
 
 def adapted_of(model: SequenceModel) -> Adapted:

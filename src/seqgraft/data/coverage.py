@@ -24,13 +24,14 @@ from seqgraft.data.dataset import (
     write_dataset,
     write_json,
 )
+from seqgraft.data.duplicates import DuplicatePolicy, duplicate_links, find_duplicates, resolve_duplicates
 from seqgraft.data.folds import Folds, assign_folds
 from seqgraft.data.tables import read_track_table
 from seqgraft.data.tiles import Spans, covered_bins, overlapping, read_placed_bed, read_spans, tile_regions
 from seqgraft.errors import ConfigError, DataError, Problems
 from seqgraft.genome import Genome, match_chroms
 from seqgraft.progress import progress
-from seqgraft.sequence import N
+from seqgraft.sequence import Codes, N
 from seqgraft.tracks import TrackTable, coarsen, open_bigwig, read_chrom, squash, unsquash
 
 __all__ = ["CoverageSource", "prepare_coverage", "retrack_dataset"]
@@ -69,6 +70,8 @@ class CoverageSource:
         absolute: bigWigs of minus strands may hold negative numbers; take their absolute value.
         transform_old: read the ``sum_stat`` column of ``targets.txt`` as the Borzoi paper did (Baskerville's option of
             this name).
+        duplicates: what to do with target sequences that stand in two folds, exactly or nearly, on either strand;
+            they are always counted and listed in ``NAME.duplicates.tsv``.
         reference_compatible: make the numbers Baskerville makes, where those differ: bases rounded to float16, bins
             limited to the track's 0.9999999 quantile, unmappable bins limited to the median of their region instead
             of masked. The last two depend on scale, clip and squash at the time of preparation.
@@ -89,6 +92,7 @@ class CoverageSource:
     gaps: Path | None = None
     absolute: bool = False
     transform_old: bool = False
+    duplicates: DuplicatePolicy = "report"
     reference_compatible: bool = False
 
     def __post_init__(self) -> None:
@@ -137,7 +141,16 @@ def prepare_coverage(source: CoverageSource, folder: Path) -> Dataset:
     problems.raise_if_any()
     genome = Genome.open(source.fasta)
     regions, unmappable, notes = _regions(source, genome)
-    regions = regions.assign(fold=assign_folds(regions, source.folds))
+    views = _target_codes(genome, regions)
+    links = duplicate_links(views) if source.duplicates == "group" else None
+    regions = regions.assign(fold=assign_folds(regions, source.folds, together=links))
+    report = find_duplicates(views, regions["fold"])
+    names = [f"{c}:{s}-{e}" for c, s, e in zip(regions["chrom"], regions["start"], regions["end"], strict=True)]
+    listing = Path(folder).with_name(f"{Path(folder).name}.duplicates.tsv")
+    kept = resolve_duplicates(report, source.duplicates, len(regions), names, listing)
+    regions = regions[kept].reset_index(drop=True)
+    unmappable = unmappable[kept] if unmappable is not None else None
+    notes |= {"duplicates": report.summary(), "duplicates_dropped": int((~kept).sum())}
     files = _files(tracks)
     for file, positions in files.items():
         _check_contigs(file, [tracks.names[p] for p in positions], regions, genome, source.rename, problems)
@@ -163,6 +176,12 @@ def prepare_coverage(source: CoverageSource, folder: Path) -> Dataset:
             mask = np.broadcast_to(~unmappable[:, None, :], writer.targets.shape)
         writer.finish(_info(source, tracks, genome, notes), regions, tracks, mask=mask)
     return open_dataset(folder)
+
+
+def _target_codes(genome: Genome, regions: pd.DataFrame) -> list[Codes]:
+    """The target intervals' sequences, as views of the memory map where they lie inside their contig."""
+    places = zip(regions["chrom"], regions["start"], regions["end"], strict=True)
+    return [genome.chrom_codes(chrom)[max(0, start) : end] for chrom, start, end in places]
 
 
 def _info(source: CoverageSource, tracks: TrackTable, genome: Genome, notes: dict[str, Any]) -> DatasetInfo:

@@ -255,10 +255,6 @@ def write_dataset(folder: Path, shape: tuple[int, int, int]) -> Iterator[Dataset
         if hasattr(os, "posix_fallocate"):  # a sparse file on a full disk would kill the process at some later write
             with (building / "targets.npy").open("r+b") as file:
                 os.posix_fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_size)
-        targets = np.lib.format.open_memmap(building / "targets.npy", mode="w+", dtype=np.float32, shape=shape)
-        if hasattr(os, "posix_fallocate"):  # a sparse file on a full disk would kill the process at some later write
-            with (building / "targets.npy").open("r+b") as file:
-                os.posix_fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_size)
         yield DatasetWriter(building, targets)
 
 

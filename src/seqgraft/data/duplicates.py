@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -27,7 +27,14 @@ from numpy.typing import ArrayLike, NDArray
 from seqgraft.errors import DataError
 from seqgraft.sequence import Codes, reverse_complement
 
-__all__ = ["DuplicatePolicy", "DuplicateReport", "duplicate_links", "find_duplicates", "resolve_duplicates"]
+__all__ = [
+    "DuplicatePolicy",
+    "DuplicateReport",
+    "duplicate_links",
+    "duplicates_in_words",
+    "find_duplicates",
+    "resolve_duplicates",
+]
 
 DuplicatePolicy = Literal["refuse", "report", "drop", "group"]
 """``refuse``: an exact copy in another fold is an error. ``report``: counted and listed. ``drop``: exact and near
@@ -75,6 +82,15 @@ class DuplicateReport:
             "sampled": self.sampled,
             "near_complete": self.complete,
         }
+
+
+def duplicates_in_words(summary: Mapping[str, Any]) -> str:
+    """One line from :meth:`DuplicateReport.summary`, as stored in ``dataset.json``."""
+    parts = []
+    for kind in ("exact", "near"):
+        pairs = [f"{folds} {counts['pairs']}" for folds, counts in summary[kind].items()]
+        parts.append(f"{kind} copies across folds: {', '.join(pairs) if pairs else 'none'}")
+    return f"{'; '.join(parts)} (pairs; near is a {summary['k']}-mer similarity of {summary['similarity']} or more)"
 
 
 def find_duplicates(
