@@ -67,6 +67,7 @@ def prepare(
     settings: Settings = None,
 ) -> None:
     """Turn raw files into a prepared dataset."""
+    from seqgraft.data.duplicates import duplicates_in_words
     from seqgraft.run import prepare as run
 
     dataset = run(source, folder, tuple(settings or ()))
@@ -77,7 +78,8 @@ def prepare(
     )
     for name, note in dataset.info.notes.items():
         if note:
-            _say(f"  {name}: {note}")
+            text = duplicates_in_words(note) if name == "duplicates" else note
+            _say(f"  {name.replace('_', ' ')}: {text}")
 
 
 @app.command()
@@ -194,11 +196,15 @@ def export(
     card: Annotated[Path | None, typer.Option(help="A Markdown file for people.")] = None,
 ) -> None:
     """Merge a run's adapter and write a model that 'model.name' accepts."""
+    from seqgraft.errors import ConfigError
     from seqgraft.run import export_run
 
-    difference = export_run(
-        folder, out, name=name, licence=licence, citation=citation, card=card.read_text() if card else ""
-    )
+    try:
+        text = card.read_text(encoding="utf-8") if card else ""
+    except (OSError, UnicodeDecodeError) as error:
+        remedy = "Give a Markdown text file, or leave it out"
+        raise ConfigError(f"the card cannot be read ({error})", where="--card", remedy=remedy) from error
+    difference = export_run(folder, out, name=name, licence=licence, citation=citation, card=text)
     _say(f"{out}: merged, with a relative difference of {difference:.1e}.")
 
 

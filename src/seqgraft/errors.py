@@ -28,6 +28,7 @@ class SeqgraftError(Exception):
 
     def __init__(self, what: str, value: object = None, *, where: object = None, remedy: str | None = None) -> None:
         self.what, self.value, self.where, self.remedy = what, value, where, remedy
+        self.parts: tuple[SeqgraftError, ...] = ()  # the problems that it gathers, if it is more than one
         text = what.rstrip(".")
         if value is not None:
             text += f": {value!r}"
@@ -69,6 +70,10 @@ class Problems:
     def add(self, what: str, value: object = None, *, where: object = None, remedy: str | None = None) -> None:
         self.found.append(self.kind(what, value, where=where, remedy=remedy))
 
+    def extend(self, error: SeqgraftError) -> None:
+        """Adds an error that was raised, or each of those that it gathers."""
+        self.found += error.parts or (error,)
+
     def raise_if_any(self) -> None:
         if len(self.found) == 1:
             raise self.found[0]
@@ -78,5 +83,5 @@ class Problems:
                 shown.append(f"  - and {len(self.found) - 20} more.")
             message = "\n".join([f"{len(self.found)} problems were found:", *shown])
             error = self.kind(message)
-            error.args = (message,)
+            error.args, error.parts = (message,), tuple(self.found)
             raise error

@@ -6,6 +6,7 @@ Every number stands beside what simple methods reach on the same rows, with a 95
 
 from __future__ import annotations
 
+import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
+import torch
 
 from seqgraft.baselines import (
     Examples,
@@ -43,7 +45,7 @@ from seqgraft.metrics import METRICS, Estimate, Moments, bootstrap_interval, pai
 from seqgraft.models.base import SequenceModel
 from seqgraft.models.weights import ModelConfig, build_model, build_pretrained
 from seqgraft.predict import FORWARD_ONLY, predict
-from seqgraft.scoring import Card, Scorecard
+from seqgraft.scoring import METRICS_OF_LINK, Card, Scorecard
 from seqgraft.tracks import TrackTable, unsquash
 
 __all__ = ["EvaluateConfig", "Evaluation", "GenesConfig", "compare_runs", "evaluate_model"]
@@ -106,6 +108,10 @@ class EvaluateConfig:
                 where="evaluate.baselines",
                 remedy=f"Choose from {', '.join(known)}",
             )
+        for name in ("draws", "batch_size", "block"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError("must be 1 or more", value, where=f"evaluate.{name}", remedy="Give a positive number")
 
 
 @dataclass(frozen=True)
@@ -146,12 +152,14 @@ def evaluate_model(
     start: ModelConfig,
     *,
     fold: str | None = None,
+    extra: Mapping[str, Array] | None = None,
 ) -> Evaluation:
     """Scores a model and its baselines on a fold.
 
     Args:
         label: the model's name in the tables.
         start: the model it was adapted from; its own tracks serve as baselines.
+        extra: further predictions to score, squashed, ``(rows of the fold, tracks, bins)``, by name.
 
     Raises:
         ConfigError: the fold is empty, or a baseline does not suit the data.
@@ -163,7 +171,7 @@ def evaluate_model(
     own = predict(model, dataset, rows, ensemble=config.ensemble, batch_size=config.batch_size, what=f"predict {fold}")[
         :, : len(tracks)
     ]
-    predictions: dict[str, Array] = {label: own, **_baselines(dataset, config, start, rows)}
+    predictions: dict[str, Array] = {label: own, **_baselines(model, dataset, config, start, rows), **(extra or {})}
     regions = dataset.regions.iloc[rows]
     blocks = segment_blocks(
         regions["chrom"].tolist(), regions["start"].to_numpy(), regions["end"].to_numpy(), config.block
@@ -171,15 +179,14 @@ def evaluate_model(
     unit = "label" if dataset.info.bins == 1 else "squashed"
     cards = {name: _cards(tracks, truth, values, rows) for name, values in predictions.items()}
     tables = [_table(name, fold, unit, found, blocks, config) for name, found in cards.items()]
-    if unit == "squashed":
+    if unit == "squashed" and any("pearson" in METRICS_OF_LINK[link] for link in tracks.frame["link"]):
         raw_truth = dataset.raw_targets(rows)
         for name, values in predictions.items():
             raw = _cards(
                 tracks, raw_truth, unsquash(values.astype(np.float64), tracks, dataset.info.bin_size), rows, ["pearson"]
             )
             tables.append(_table(name, fold, "raw", raw, blocks, config))
-    if config.original is not None:
-        tables.append(_forgetting(model, config, start, label, fold))
+    tables += _forgetting(model, dataset, config, start, label, fold)
     leading = {name: _leading(found) for name, found in cards.items()}
     differences = [
         _difference(leading[label], found, name, blocks, unit, config)
@@ -200,8 +207,9 @@ def evaluate_model(
 
 
 def _baselines(
-    dataset: Dataset, config: EvaluateConfig, start: ModelConfig, rows: npt.NDArray[np.int64]
+    model: SequenceModel, dataset: Dataset, config: EvaluateConfig, start: ModelConfig, rows: npt.NDArray[np.int64]
 ) -> dict[str, Array]:
+    device = next(model.parameters()).device
     labels = dataset.info.bins == 1
     suited = LABEL_BASELINES if labels else COVERAGE_BASELINES
     wanted = suited if config.baselines is None else config.baselines
@@ -214,7 +222,9 @@ def _baselines(
             remedy=f"Choose from {', '.join((*suited, 'random_trunk'))}",
         )
     found = (
-        _label_baselines(dataset, wanted, rows) if labels else _coverage_baselines(dataset, config, start, wanted, rows)
+        _label_baselines(dataset, wanted, rows)
+        if labels
+        else _coverage_baselines(dataset, config, start, wanted, rows, device)
     )
     if "random_trunk" in wanted:
         control = build_model(
@@ -222,7 +232,7 @@ def _baselines(
             dataset.tracks,
             dataset.info,
             0 if dataset.covariates is None else dataset.covariates.shape[1],
-        )
+        ).to(device)
         found["random trunk"] = predict(control, dataset, rows, batch_size=config.batch_size, what="random trunk")
     return found
 
@@ -244,7 +254,12 @@ def _label_baselines(dataset: Dataset, wanted: Sequence[str], rows: npt.NDArray[
 
 
 def _coverage_baselines(
-    dataset: Dataset, config: EvaluateConfig, start: ModelConfig, wanted: Sequence[str], rows: npt.NDArray[np.int64]
+    dataset: Dataset,
+    config: EvaluateConfig,
+    start: ModelConfig,
+    wanted: Sequence[str],
+    rows: npt.NDArray[np.int64],
+    device: torch.device,
 ) -> dict[str, Array]:
     found: dict[str, Array] = {}
     train = dataset.rows("train")
@@ -252,6 +267,7 @@ def _coverage_baselines(
     targets = dataset.squashed_targets(some)
     reference = build_pretrained(start, dataset.info)
     if reference is not None and {"mean_track", "nearest_track"} & set(wanted):
+        reference.to(device)
         before, after = (
             predict(
                 reference, dataset, r, ensemble=config.ensemble, batch_size=config.batch_size, what="pretrained tracks"
@@ -272,62 +288,101 @@ def _coverage_baselines(
 
 
 def _forgetting(
-    model: SequenceModel, config: EvaluateConfig, start: ModelConfig, label: str, fold: str
-) -> pd.DataFrame:
-    """The pretrained tracks scored before and after adaptation, on their own data."""
-    assert config.original is not None
-    original = open_dataset(config.original)
-    reference = build_pretrained(start, original.info)
-    if reference is None:
-        raise ConfigError(
-            "forgetting can only be measured for a pretrained trunk with heads", start.name, where="evaluate.original"
-        )
-    original = original.select_tracks(
-        original.tracks.select([name for name in reference.tracks.names if name in original.tracks.names])
+    model: SequenceModel, dataset: Dataset, config: EvaluateConfig, start: ModelConfig, label: str, fold: str
+) -> list[pd.DataFrame]:
+    """How much of the pretrained tracks an adapter that moves the trunk's function has cost.
+
+    On their own data (``original``) they are scored before and after. Without those, before and after are compared with
+    each other: metric "agreement", 1 if nothing was forgotten.
+    """
+    moved = model.adapted is not None and model.adapted.counts.adapter + model.adapted.counts.trunk > 0
+    data = dataset if config.original is None else open_dataset(config.original)
+    reference = build_pretrained(start, data.info)
+    if reference is None and config.original is not None:
+        what, remedy = "forgetting can only be measured for a pretrained trunk with heads", "Leave it out"
+        raise ConfigError(what, start.name, where="evaluate.original", remedy=remedy)
+    if reference is None or not (moved or config.original):
+        return []
+    rows = data.rows(fold)
+    before = predict(
+        reference.to(next(model.parameters()).device), data, rows, batch_size=config.batch_size, what="original tracks"
     )
-    rows = original.rows(fold)
-    order = [reference.tracks.names.index(name) for name in original.tracks.names]
-    truth = original.squashed_targets(rows)
-    regions = original.regions.iloc[rows]
+    after = _under_pretrained_heads(model, reference, data, rows, config)
+    regions = data.regions.iloc[rows]
     blocks = segment_blocks(
         regions["chrom"].tolist(), regions["start"].to_numpy(), regions["end"].to_numpy(), config.block
     )
-    before = predict(reference, original, rows, batch_size=config.batch_size, what="original tracks")[:, order]
-    # the adapted trunk under the pretrained heads
-    adapted = SequenceModel(model.trunk, dict(reference.heads.items()), reference.tracks).eval()  # type: ignore[arg-type]
-    after = predict(adapted, original, rows, batch_size=config.batch_size, what="original tracks, adapted")[:, order]
-    first, second = (_cards(original.tracks, truth, values, rows, ["pearson"])[0] for values in (before, after))
-    change = paired_bootstrap(second.statistics, first.statistics, "pearson", blocks, draws=config.draws)
-    parts = [
-        _rows(
-            "pretrained, before",
-            fold,
-            "squashed",
-            first,
-            bootstrap_interval(first.statistics, "pearson", blocks, draws=config.draws),
-            len(rows),
-            "original tracks",
-        ),
-        _rows(
-            label,
-            fold,
-            "squashed",
-            second,
-            bootstrap_interval(second.statistics, "pearson", blocks, draws=config.draws),
-            len(rows),
-            "original tracks, after adaptation",
-        ),
-        _rows(
-            label,
-            fold,
-            "squashed",
-            replace(second, metric="forgetting"),
-            change,
-            len(rows),
-            "change in Pearson of the original tracks",
-        ),
+    if config.original is None:
+        note = "pretrained tracks after adaptation against before"
+        cards = _pearson_cards(reference.tracks, before, after, rows)
+        return [_original(label, fold, "agreement", card, None, blocks, note, config) for card in cards]
+    known = [name for name in reference.tracks.names if name in data.tracks.names]
+    if not known:
+        raise ConfigError(
+            "the dataset has none of the tracks that the model was pretrained on",
+            reference.tracks.names,
+            where=f"evaluate.original ({config.original})",
+            remedy="Give a dataset with tracks of these names",
+        )
+    # the heads were fitted to the model's own scale and squash, whatever the dataset's table says
+    tracks = reference.tracks.select(known)
+    truth = data.select_tracks(tracks).squashed_targets(rows)
+    order = [reference.tracks.names.index(name) for name in known]
+    first, second = (_pearson_cards(tracks, truth, values[:, order], rows) for values in (before, after))
+    nothing: Sequence[Card | None] = [None] * len(first)
+    return [
+        _original(name, fold, metric, card, other, blocks, note, config)
+        for name, metric, cards, others, note in (
+            ("pretrained, before", "original_pearson", first, nothing, "original tracks"),
+            (label, "original_pearson", second, nothing, "original tracks, after adaptation"),
+            (label, "forgetting", second, first, "change in Pearson of the original tracks"),
+        )
+        for card, other in zip(cards, others, strict=True)
     ]
-    return pd.concat(parts, ignore_index=True)
+
+
+def _under_pretrained_heads(
+    model: SequenceModel, reference: SequenceModel, data: Dataset, rows: npt.NDArray[np.int64], config: EvaluateConfig
+) -> Array:
+    """What the pretrained heads make of the adapted trunk, which is cropped as these data need it."""
+    stages = model.trunk.stages
+    own = {name: stage for name, stage in stages.items() if not any(True for _ in stage.parameters())}
+    stages.update({name: reference.trunk.stages[name] for name in own})
+    try:
+        adapted = SequenceModel(model.trunk, dict(reference.heads.items()), reference.tracks)  # type: ignore[arg-type]
+        return predict(adapted, data, rows, batch_size=config.batch_size, what="original tracks, adapted")
+    finally:
+        stages.update(own)
+
+
+def _pearson_cards(tracks: TrackTable, truth: Array, predicted: Array, rows: npt.NDArray[np.int64]) -> list[Card]:
+    return [
+        Card(
+            group,
+            "pearson",
+            [tracks.names[i] for i in index],
+            Moments.of(truth[:, index].astype(np.float64), predicted[:, index].astype(np.float64), None, rows),
+        )
+        for group, index in tracks.groups.items()
+    ]
+
+
+def _original(
+    model: str,
+    fold: str,
+    metric: str,
+    card: Card,
+    other: Card | None,
+    blocks: Array,
+    note: str,
+    config: EvaluateConfig,
+) -> pd.DataFrame:
+    """The Pearson of a group of original tracks, or its difference from another's."""
+    if other is None:
+        estimate = bootstrap_interval(card.statistics, "pearson", blocks, draws=config.draws)
+    else:
+        estimate = paired_bootstrap(card.statistics, other.statistics, "pearson", blocks, draws=config.draws)
+    return _rows(model, fold, "squashed", replace(card, metric=metric), estimate, len(blocks), note)
 
 
 # ---- tables ----
@@ -455,13 +510,29 @@ def _moments(
     return {"rows": found.rows, "moments": found.sums, "blocks": blocks, "tracks": np.array(tracks.names)}
 
 
-def compare_runs(first: Path, second: Path, *, metric: str = "pearson", draws: int = 1000) -> Estimate:
-    """``first - second`` of two evaluated runs on the same rows and tracks, by paired block bootstrap.
+def compare_runs(
+    first: Path, second: Path, *, metric: str = "pearson", draws: int = 1000, tracks: Sequence[str] | None = None
+) -> Estimate:
+    """``first - second`` of two evaluated runs on the same rows and (some) tracks, by paired block bootstrap.
 
     Raises:
-        ConfigError: the runs were scored on different rows or tracks.
+        ConfigError: a run was not evaluated, or they were scored on different rows or tracks.
+        DataError: a metric that needs more than the stored moments (those of Pearson, R2 and squared error).
     """
-    loaded = [np.load(Path(run) / "evaluation" / "moments.npz", allow_pickle=False) for run in (first, second)]
+    loaded = []
+    for run in (first, second):
+        path = Path(run) / "evaluation" / "moments.npz"
+        try:
+            with np.load(path, allow_pickle=False) as arrays:
+                loaded.append(dict(arrays))
+        except FileNotFoundError as error:
+            raise ConfigError(
+                "the run was not evaluated", str(run), remedy="Run 'seqgraft evaluate' on it first"
+            ) from error
+        except (OSError, ValueError, zipfile.BadZipFile) as error:
+            raise ConfigError(
+                f"the file cannot be read ({error})", where=path, remedy="Run 'seqgraft evaluate' again"
+            ) from error
     same = all(np.array_equal(loaded[0][key], loaded[1][key]) for key in ("rows", "tracks", "blocks"))
     if not same:
         raise ConfigError(
@@ -469,7 +540,9 @@ def compare_runs(first: Path, second: Path, *, metric: str = "pearson", draws: i
             [str(first), str(second)],
             remedy="Evaluate both on the same dataset and fold",
         )
-    ours, theirs = (Moments(part["rows"], part["moments"]) for part in loaded)
+    known = loaded[0]["tracks"].tolist()
+    chosen = [known.index(name) for name in tracks] if tracks else slice(None)
+    ours, theirs = (Moments(part["rows"], part["moments"][:, :, chosen]) for part in loaded)
     return paired_bootstrap(ours, theirs, metric, loaded[0]["blocks"], draws=draws)
 
 

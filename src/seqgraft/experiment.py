@@ -66,31 +66,65 @@ def read_yaml(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """The mapping in a YAML file, with ``a.b=value`` overrides applied.
 
     Raises:
-        ConfigError: the file is missing or is not a YAML mapping; an override without ``=``.
+        ConfigError: the file is missing, is not a YAML mapping or has a key twice; an override that is not
+            ``key=value``.
     """
     try:
-        content = yaml.safe_load(Path(path).read_text())
+        text = Path(path).read_text(encoding="utf-8")
     except FileNotFoundError as error:
-        raise ConfigError("the file does not exist", str(path)) from error
+        raise ConfigError("the file does not exist", str(path), remedy="Check the path") from error
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"the file cannot be read ({error})", where=path) from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"the file is not valid YAML ({' '.join(str(error).split())})", where=path) from error
+        raise ConfigError(f"the file cannot be read ({error})", where=path, remedy="Give a YAML text file") from error
+    content = _parse(text, path)
     if not isinstance(content, dict):
-        raise ConfigError("the file must hold 'key: value' lines", type(content).__name__, where=path)
+        found, remedy = type(content).__name__, "Write lines such as 'data: folder'"
+        raise ConfigError("the file must hold 'key: value' lines and holds", found, where=path, remedy=remedy)
     for override in overrides:
         name, equals, text = override.partition("=")
         if not equals:
-            raise ConfigError("a setting is given as section.key=value", override, where="--set")
+            remedy = "Write section.key=value, as in --set train.lr=3e-5"
+            raise ConfigError("this does not set anything", override, where="--set", remedy=remedy)
         *parents, last = name.split(".")
         section = content
         for parent in parents:
-            section = section.setdefault(parent, {})
+            if section.get(parent) is None:
+                section[parent] = {}
+            section = section[parent]
             if not isinstance(section, dict):
-                raise ConfigError("the key is not a section", parent, where="--set")
-        section[last] = yaml.safe_load(text)
+                remedy = f"It is {section!r}: set {parent} itself, or make it a section in the file"
+                raise ConfigError("the key is not a section", parent, where=f"--set {override}", remedy=remedy)
+        section[last] = _parse(text, f"--set {override}")
     expanded: dict[str, Any] = _expand(content, str(path))
     return expanded
+
+
+_MOST_NODES = 1_000_000  # aliases can make a short file endless
+
+
+def _parse(text: str, where: object) -> Any:
+    """What YAML text means; unlike YAML's own loader it refuses a key that is there twice."""
+    try:
+        nodes = [node for node in [yaml.compose(text, Loader=yaml.SafeLoader)] if node is not None]
+        visited = 0
+        while nodes:
+            node, visited = nodes.pop(), visited + 1
+            if visited > _MOST_NODES:
+                raise ConfigError("the file has too many entries, or one that holds itself", _MOST_NODES, where=where)
+            if isinstance(node, yaml.MappingNode):
+                seen: set[str] = set()
+                for key, value in node.value:
+                    name = str(key.value)
+                    if name in seen:
+                        place = f"{where} line {key.start_mark.line + 1}"
+                        raise ConfigError("the key is there twice", name, where=place, remedy="Keep one of them")
+                    seen.add(name)
+                    nodes.append(value)
+            elif isinstance(node, yaml.SequenceNode):
+                nodes += node.value
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        what = f"this is not valid YAML ({' '.join(str(error).split())})"
+        raise ConfigError(what, where=where, remedy="Check indentation, brackets and quotes there") from error
 
 
 def _expand(content: Any, where: str) -> Any:
@@ -159,7 +193,8 @@ def build(cls: type[T], content: object, where: str) -> T:
         ConfigError: unknown or missing keys, wrong types, values that the class refuses; all of them at once.
     """
     if not isinstance(content, Mapping):
-        raise ConfigError("must be a section of 'key: value' lines", content, where=where)
+        remedy = "Write one key per line, indented below its name"
+        raise ConfigError("must be a section of 'key: value' lines", content, where=where, remedy=remedy)
     hints = typing.get_type_hints(cls)
     fields = {f.name: f for f in dataclasses.fields(cls) if f.init}  # type: ignore[arg-type]
     problems = Problems(ConfigError)
@@ -173,11 +208,11 @@ def build(cls: type[T], content: object, where: str) -> T:
         try:
             values[key] = _convert(hints[key], value, f"{where}: {key}" if ":" not in where else f"{where}.{key}")
         except SeqgraftError as error:
-            problems.found.append(error)
+            problems.extend(error)
     for name, f in fields.items():
         required = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
         if required and name not in content:
-            problems.add("a key is missing", name, where=where, remedy="Add it")
+            problems.add("a key is missing", name, where=where, remedy=f"Add a line '{name}: ...'")
     problems.raise_if_any()
     return cls(**values)
 
@@ -188,7 +223,7 @@ def _build_kind(registry: Mapping[str, type], content: object, where: str) -> An
             "must be a section with a 'kind'", content, where=where, remedy=f"The kinds are {', '.join(registry)}"
         )
     kind = content["kind"]
-    if kind not in registry:
+    if not isinstance(kind, str) or kind not in registry:
         raise ConfigError("there is no such kind", kind, where=where, remedy=f"Choose one of {', '.join(registry)}")
     return build(registry[kind], {key: value for key, value in content.items() if key != "kind"}, where)
 
@@ -204,8 +239,8 @@ def _convert(hint: Any, value: object, where: str) -> Any:
             return {str(group): _build_kind(LOSSES, part, f"{where}.{group}") for group, part in value.items()}
         return _build_kind(LOSSES, value, where)
     nested = [option for option in options if dataclasses.is_dataclass(option)]
-    if nested and isinstance(value, Mapping):
-        return build(nested[0], value, where)  # type: ignore[arg-type]
+    if nested:  # an empty section means its defaults
+        return build(nested[0], {} if value is None else value, where)  # type: ignore[arg-type]
     items = [
         a
         for o in options
@@ -215,10 +250,30 @@ def _convert(hint: Any, value: object, where: str) -> Any:
     ]
     if items and isinstance(value, Sequence) and not isinstance(value, str):
         return tuple(build(items[0], item, f"{where}[{number}]") for number, item in enumerate(value))  # type: ignore[arg-type]
+    if isinstance(value, bool) and not {bool, Any} & set(options):  # pydantic would take it for 0 or 1
+        raise ConfigError("must not be true or false", value, where=where, remedy=f"Give {_in_words(options)}")
     try:
         return TypeAdapter(hint, config={"arbitrary_types_allowed": True}).validate_python(value)
     except ValidationError as error:
-        first = error.errors()[0]
-        raise ConfigError(
-            first["msg"].removeprefix("Value error, ").removeprefix("Input ").capitalize(), value, where=where
-        ) from error
+        reason = error.errors()[0]["msg"].removeprefix("Value error, ").removeprefix("Input ")
+        remedy = f"Give {_in_words(options)}"
+        raise ConfigError(reason[:1].lower() + reason[1:], value, where=where, remedy=remedy) from error
+
+
+_WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text (in quotes)", Path: "a path"}
+
+
+def _in_words(options: Sequence[Any]) -> str:
+    """What a key takes, such as "a number or nothing"."""
+    words = []
+    for option in options:
+        origin = typing.get_origin(option)
+        if origin is typing.Literal:
+            words += [repr(choice) for choice in typing.get_args(option)]
+        elif origin is Mapping or origin is dict or dataclasses.is_dataclass(option):
+            words.append("a section of 'key: value' lines")
+        elif origin in (list, tuple):
+            words.append("a list")
+        else:
+            words.append("nothing" if option is type(None) else _WORDS.get(option, "another value"))
+    return " or ".join(dict.fromkeys(words))

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import time
+import weakref
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from seqgraft.adapters import Counts, adapt
 from seqgraft.data.dataset import Dataset
+from seqgraft.data.duplicates import duplicates_in_words
 from seqgraft.data.folds import exposure, read_trunk_folds
-from seqgraft.errors import ConfigError, DataError, SeqgraftError
+from seqgraft.errors import ConfigError, DataError, RunError, SeqgraftError
 from seqgraft.experiment import Experiment
 from seqgraft.models.base import SequenceModel
 from seqgraft.models.weights import find_model
@@ -34,7 +42,7 @@ class Cost:
 
     Attributes:
         fixed_bytes: weights, gradients, optimiser and buffers.
-        bytes_per_row: activations kept for the backward pass, per region of a batch.
+        bytes_per_row: activations and their gradients at the worst moment, per region of a batch.
         seconds_per_row: forward and backward pass of one region, on this machine.
     """
 
@@ -95,7 +103,12 @@ def plan_run(experiment: Experiment, folder: Path | None = None, memory: int | N
                 "you report the result",
             )
         )
-    cost = measure_cost(experiment, model, dataset)
+    if folder is not None:
+        problems += _check_folder(folder, counts)
+    try:
+        cost = measure_cost(experiment, model, dataset)
+    except SeqgraftError as error:  # a loss that does not suit the targets shows in the first step
+        return Plan(experiment, [*problems, error], facts)
     facts |= _describe_cost(experiment, dataset, cost, memory)
     if memory is not None and cost.largest_batch(memory) < experiment.train.batch_size:
         fits = cost.largest_batch(memory)
@@ -112,8 +125,6 @@ def plan_run(experiment: Experiment, folder: Path | None = None, memory: int | N
                 remedy=remedy,
             )
         )
-    if folder is not None:
-        problems += _check_disk(folder, counts)
     return Plan(experiment, problems, facts, cost)
 
 
@@ -129,7 +140,9 @@ def test_exposure(experiment: Experiment, dataset: Dataset) -> tuple[float, str]
     if dataset.genome.hash != pretrained.content.get("genome"):
         return 0.0, "none by position: the trunk was trained on another genome"
     rows = dataset.rows(experiment.evaluate.fold)
+    margin = (dataset.info.window - dataset.info.bins * dataset.info.bin_size) // 2
     windows = dataset.regions.iloc[rows][["chrom", "start", "end"]].copy()
+    windows["start"], windows["end"] = windows["start"] - margin, windows["end"] + margin
     share = exposure(windows, read_trunk_folds(pretrained.trained_on))
     return (
         share,
@@ -160,44 +173,78 @@ def _describe(experiment: Experiment, dataset: Dataset, model: SequenceModel, co
         "stages": ", ".join(
             f"{name} ({'local' if stage.local else 'global'})" for name, stage in model.trunk.stages.items()
         ),
-        **({"duplicates": str(duplicates)} if duplicates else {}),
+        **({"duplicates": duplicates_in_words(duplicates)} if duplicates else {}),
     }
 
 
+class _LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts the bytes of all tensors that operations make, as long as they live; ``peak`` is the most at one time."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.now = self.peak = 0
+        self._seen: set[int] = set()
+
+    def __torch_dispatch__(
+        self, func: Callable[..., Any], types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        made = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(made):
+            if isinstance(tensor, torch.Tensor):
+                self._count(tensor.untyped_storage())
+        return made
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        key = storage._cdata
+        if key not in self._seen:
+            self._seen.add(key)
+            self.now += storage.nbytes()
+            self.peak = max(self.peak, self.now)
+            weakref.finalize(storage, self._release, key, storage.nbytes()).atexit = False
+
+    def _release(self, key: int, size: int) -> None:
+        self._seen.discard(key)
+        self.now -= size
+
+
 def measure_cost(experiment: Experiment, model: SequenceModel, dataset: Dataset) -> Cost:
-    """One step on one and on two regions: activations that autograd saves per row, and the time of the second."""
+    """One step on one and on two copies of the longest region: what the second adds to the peak, and the time."""
     config = experiment.train
     objective = objective_of(experiment, dataset)
     rows = dataset.rows("train")
+    longest = rows[0] if dataset.lengths is None else rows[np.argmax(dataset.lengths[rows])]
+    device = next(model.parameters()).device
     model.train()
     model.trunk.checkpointing = config.checkpointing
-    weights = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers()]}
-    saved: list[int] = []
-    seconds = 0.0
-    for size in (1, 2):
-        kept: dict[int, int] = {}
+    for parameter in model.parameters():  # here already, so that they are no part of what is measured
+        parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+    live = _LiveBytes()
 
-        def keep(tensor: torch.Tensor, kept: dict[int, int] = kept) -> torch.Tensor:
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() not in weights:
-                kept[storage.data_ptr()] = storage.nbytes()
-            return tensor
-
-        sample = dataset.sample(rows[:size] if len(rows) >= size else rows[[0] * size])
-        began = time.perf_counter()
-        with (
-            torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
-            autocast(config.precision, torch.device("cpu")),
-        ):
-            loss = (objective(model, sample) / objective.weigh(sample).clamp(min=1e-12)).sum()
+    def step(size: int) -> int:
+        """Trains on copies of the region and returns the bytes that wait for the backward pass."""
+        sample = dataset.sample(np.repeat(longest, size)).to(device)
+        with autocast(config.precision, device):
+            totals = objective(model, sample)
+        loss = (totals / objective.weigh(sample).clamp(min=1e-12)).sum()
+        kept = live.now
         loss.backward()  # type: ignore[no-untyped-call]
-        seconds = (time.perf_counter() - began) / size
-        saved.append(sum(kept.values()))
-        model.zero_grad(set_to_none=True)
+        return kept
+
+    kept, peaks = [], []
+    for size in (1, 2):
+        with (live := _LiveBytes()):
+            kept.append(step(size))
+        peaks.append(live.peak)
+    began = time.perf_counter()
+    step(2)
+    seconds = (time.perf_counter() - began) / 2
+    model.zero_grad(set_to_none=True)
     model.eval()
+    # where the gradient of one weight matrix is the larger, the peak grows less than the activations do
+    per_row = max(kept[1] - kept[0], peaks[1] - peaks[0])
     stored = sum(t.numel() * t.element_size() for t in [*model.parameters(), *model.buffers()])
     trained = sum(p.numel() * p.element_size() for group in parameter_groups(model, config) for p in group["params"])
-    return Cost(fixed_bytes=stored + 3 * trained, bytes_per_row=max(0, saved[1] - saved[0]), seconds_per_row=seconds)
+    return Cost(fixed_bytes=stored + 3 * trained, bytes_per_row=per_row, seconds_per_row=seconds)
 
 
 def _describe_cost(experiment: Experiment, dataset: Dataset, cost: Cost, memory: int | None) -> dict[str, str]:
@@ -217,10 +264,16 @@ def _describe_cost(experiment: Experiment, dataset: Dataset, cost: Cost, memory:
     return facts
 
 
-def _check_disk(folder: Path, counts: Counts) -> list[SeqgraftError]:
+def _check_folder(folder: Path, counts: Counts) -> list[SeqgraftError]:
     """A run needs its adapter, the best weights, and the last with two optimiser moments: five times what trains."""
-    needed = 5 * 4 * counts.trainable + 10_000_000
+    if (folder / "experiment.yaml").exists():
+        remedy = "Continue it with 'seqgraft fit ... --resume', or choose another name"
+        return [RunError("the run directory holds a run already", str(folder), remedy=remedy)]
     parent = next(p for p in [folder, *folder.absolute().parents] if p.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        remedy = "Choose a folder that you can write to"
+        return [RunError("the run directory cannot be written", str(folder), remedy=remedy)]
+    needed = 5 * 4 * counts.trainable + 10_000_000
     free = shutil.disk_usage(parent).free
     if free < needed:
         return [

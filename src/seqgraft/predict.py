@@ -14,7 +14,7 @@ from torch import Tensor
 from seqgraft.data.augment import Augmentation, View
 from seqgraft.data.dataset import Dataset
 from seqgraft.errors import ModelError
-from seqgraft.models.base import SequenceModel, State
+from seqgraft.models.base import SequenceModel, State, mean_of_valid
 from seqgraft.progress import progress
 from seqgraft.sample import Sample
 
@@ -89,8 +89,7 @@ def embed(
 
     def one(sample: Sample, view: View) -> Tensor:  # noqa: ARG001  (features of both strands are averaged as they are)
         state: State = model.trunk(sample.codes, sample.lengths)
-        known = torch.ones_like(state.x[:, :1]) if state.valid is None else state.valid[:, None].to(state.x.dtype)
-        return ((state.x * known).sum(-1) / known.sum(-1).clamp(min=1)).float()
+        return mean_of_valid(state)[:, :, 0].float()
 
     parts = [values for _, values in _over_views(model, dataset, rows, one, ensemble, batch_size, precision, "embed")]
     return np.concatenate(parts) if parts else np.empty((0, model.trunk.spec.channels), dtype=np.float32)

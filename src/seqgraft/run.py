@@ -23,12 +23,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
+import pandas as pd
 import torch
 
 from seqgraft import __version__
 from seqgraft.adapters import Counts, adapt, load_adapter, merge, save_adapter
 from seqgraft.data import prepare_source
 from seqgraft.data.dataset import Dataset, open_dataset, write_json
+from seqgraft.data.folds import read_trunk_folds
 from seqgraft.errors import ModelError, RunError
 from seqgraft.evaluate import Evaluation, evaluate_model
 from seqgraft.experiment import Experiment, parse_source, read_experiment, read_yaml, settings_of, write_yaml
@@ -38,6 +41,7 @@ from seqgraft.objectives import Elementwise
 from seqgraft.output import check_output, write_embeddings, write_predictions
 from seqgraft.predict import embed, predict_batches
 from seqgraft.regions import regions_for_prediction
+from seqgraft.scoring import default_metric
 from seqgraft.train import FitResult, fit
 
 __all__ = [
@@ -178,12 +182,18 @@ def open_run(folder: Path) -> Run:
     return Run(folder, experiment, dataset, model.eval())
 
 
-def evaluate_run(folder: Path, fold: str | None = None) -> Evaluation:
-    """Scores a run and its baselines and writes ``evaluation/``."""
+def evaluate_run(
+    folder: Path, fold: str | None = None, *, extra: Mapping[str, npt.NDArray[np.float32]] | None = None
+) -> Evaluation:
+    """Scores a run and its baselines and writes ``evaluation/``.
+
+    Args:
+        extra: predictions to score beside them, squashed, ``(rows of the fold, tracks, bins)``, by name.
+    """
     run = open_run(folder)
     config = run.experiment.evaluate
     evaluation = evaluate_model(
-        run.model, run.dataset, config, label_of(run.experiment), run.experiment.model, fold=fold or config.fold
+        run.model, run.dataset, config, label_of(run.experiment), run.experiment.model, fold=fold, extra=extra
     )
     evaluation.save(run.folder / "evaluation")
     return evaluation
@@ -227,21 +237,22 @@ def export_run(folder: Path, out: Path, *, name: str, licence: str = "", citatio
         ModelError: the adapter cannot be merged.
     """
     run = open_run(folder)
-    difference = merge(run.model)
     if any(head.pool != "none" for head in run.model.heads.values() if isinstance(head, Head)):
-        raise ModelError("only models with bins can be exported as a trunk", str(folder))
-    fitted = run.dataset.regions[run.dataset.regions["fold"].isin(["train"])].copy()
-    margin = (run.dataset.info.window - run.dataset.info.bins * run.dataset.info.bin_size) // 2
-    fitted["start"], fitted["end"] = (fitted["start"] - margin).clip(lower=0), fitted["end"] + margin
+        raise ModelError(
+            "only models with bins can be exported as a trunk",
+            str(folder),
+            remedy="Fit it to coverage, or keep its adapter folder beside the model",
+        )
+    difference = merge(run.model)
     parameters = sum(p.numel() for p in run.model.trunk.parameters())
     save_model(
         run.model,
         Path(out),
         name=name,
         info=run.dataset.info,
-        licence=licence,
-        citation=citation,
-        trained_on=fitted,
+        licence=licence or run.model.trunk.spec.licence,
+        citation=citation or run.model.trunk.spec.citation,
+        trained_on=_seen(run),
         card=card,
         parameters=parameters,
         seqgraft=__version__,
@@ -249,8 +260,26 @@ def export_run(folder: Path, out: Path, *, name: str, licence: str = "", citatio
     return difference
 
 
+def _seen(run: Run) -> pd.DataFrame:
+    """The windows that the weights were fitted to: those of this run, and those of the model it started from."""
+    info = run.dataset.info
+    fitted = run.dataset.regions[run.dataset.regions["fold"] == "train"][["chrom", "start", "end", "fold"]].copy()
+    margin = (info.window - info.bins * info.bin_size) // 2
+    fitted["start"], fitted["end"] = (fitted["start"] - margin).clip(lower=0), fitted["end"] + margin
+    start = find_model(run.experiment.model.name) if run.experiment.model.init == "pretrained" else None
+    if start is None or start.trained_on is None or start.content.get("genome") != (info.genome or {}).get("hash"):
+        return fitted  # places of another genome say nothing about this one
+    return pd.concat([read_trunk_folds(start.trained_on), fitted], ignore_index=True)
+
+
 def _fold_counts(dataset: Dataset) -> dict[str, int]:
     return {str(fold): int(count) for fold, count in dataset.regions["fold"].value_counts().items()}
+
+
+def _fold_chroms(dataset: Dataset) -> dict[str, list[str]]:
+    return {
+        str(fold): sorted(set(part["chrom"])) for fold, part in dataset.regions.groupby("fold") if part["chrom"].any()
+    }
 
 
 def _environment(experiment: Experiment, dataset: Dataset, model: SequenceModel, counts: Counts) -> dict[str, Any]:
@@ -266,6 +295,7 @@ def _environment(experiment: Experiment, dataset: Dataset, model: SequenceModel,
         "threads": torch.get_num_threads(),
         "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "label": label_of(experiment),
+        "metric": experiment.train.metric or default_metric(str(dataset.tracks.frame["link"].iloc[0])),
         "dataset": {
             "folder": str(dataset.folder),
             "hash": dataset.hash,
@@ -274,6 +304,7 @@ def _environment(experiment: Experiment, dataset: Dataset, model: SequenceModel,
             "bins": info.bins,
             "bin_size": info.bin_size,
             "folds": _fold_counts(dataset),
+            "chroms": _fold_chroms(dataset),
             "tracks": dataset.tracks.names,
             "notes": info.notes,
         },

@@ -27,7 +27,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from seqgraft.adapters.base import check_frozen, check_gradients
+from seqgraft.adapters.base import adapted_of, check_frozen, check_gradients
 from seqgraft.adapters.base import parameter_groups as adapter_groups
 from seqgraft.data.augment import FORWARD, Augmentation
 from seqgraft.data.dataset import Dataset
@@ -37,7 +37,7 @@ from seqgraft.objectives import Objective
 from seqgraft.predict import Precision, autocast
 from seqgraft.progress import progress
 from seqgraft.sample import Sample
-from seqgraft.scoring import Scorecard
+from seqgraft.scoring import Scorecard, default_metric
 
 _GRADIENT_CHECKS = 4  # optimiser steps
 
@@ -91,6 +91,9 @@ class TrainConfig:
         for name, low in (("epochs", 1), ("batch_size", 1), ("accumulate", 1), ("patience", 0), ("seed", 0)):
             if getattr(self, name) < low:
                 raise ConfigError(f"must be {low} or more", getattr(self, name), where=f"train.{name}")
+        for name in ("weight_decay", "save_minutes"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ConfigError("must be 0 or more", getattr(self, name), where=f"train.{name}")
         for name in ("lr", "head_lr", "trunk_lr", "clip"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
@@ -160,10 +163,13 @@ def fit(
     _start_optimizer(optimizer)
     state = _Progress()
     torch.manual_seed(config.seed)
-    checkpoints = folder / "checkpoints"
-    checkpoints.mkdir(exist_ok=True)
-    if resume and (checkpoints / "last.safetensors").exists():
-        state = _load_checkpoint(checkpoints / "last.safetensors", model, optimizer, config, dataset)
+    checkpoints = _new_checkpoints(folder)
+    last = checkpoints / "last.safetensors"
+    identity = _identity(model, objective, config, dataset, world)
+    if resume and last.exists():
+        state = _load_checkpoint(last, model, optimizer, identity)
+        if accelerator.is_main_process and state.log:  # a kill may have come between the checkpoint and its line
+            _write_log(folder / "log.csv", state.log)
     model.trunk.checkpointing = config.checkpointing
     wrapped = accelerator.prepare_model(model) if world > 1 else model
     checks, alive = 0, set[str]()
@@ -179,7 +185,7 @@ def fit(
         for number in bar:
             _set_learning_rates(optimizer, config, state.total_steps, steps_per_epoch * config.epochs)
             micro = list(_micro_batches(dataset, batches[number], config, state.epoch, world, rank, device))
-            loss = _step(accelerator, wrapped, model, optimizer, objective, micro, config)
+            loss, weights = _step(accelerator, wrapped, model, optimizer, objective, micro, config)
             if not math.isfinite(loss):
                 raise ModelError(
                     "the loss is not finite",
@@ -187,7 +193,7 @@ def fit(
                     where=f"epoch {state.epoch + 1}, step {number + 1}",
                     remedy="Lower train.lr, or use precision: float32",
                 )
-            if checks < _GRADIENT_CHECKS:
+            if checks < _GRADIENT_CHECKS and bool((weights > 0).all()):  # a head without targets has no gradient
                 checks += 1
                 alive = check_gradients(model, alive, last=checks == _GRADIENT_CHECKS)
             optimizer.step()
@@ -198,7 +204,7 @@ def fit(
                 and state.step < len(batches)
             ):
                 state.seconds, saved = time.monotonic() - began, time.monotonic()
-                _save_checkpoint(checkpoints / "last.safetensors", model, optimizer, config, dataset, state)
+                _save_checkpoint(last, model, optimizer, identity, state)
         if accelerator.is_main_process:
             valid_loss, score = validate(model, dataset, valid_rows, objective, config)
         else:
@@ -223,13 +229,14 @@ def fit(
         if accelerator.is_main_process:
             if better:
                 _write_tensors(checkpoints / "best.safetensors", trainable_state(model), {"epoch": state.best_epoch})
-            _save_checkpoint(checkpoints / "last.safetensors", model, optimizer, config, dataset, state)
+            _save_checkpoint(last, model, optimizer, identity, state)
             saved = time.monotonic()
             _write_log(folder / "log.csv", state.log)
     accelerator.wait_for_everyone()
     accelerator.end_training()
     check_frozen(model)
-    _load_tensors(model, checkpoints / "best.safetensors")
+    best, _ = _read_tensors(checkpoints / "best.safetensors")
+    _copy_tensors(trainable_state(model), best, checkpoints / "best.safetensors")
     model.eval()
     return FitResult(
         state.best_score, state.best_epoch, state.epoch, state.total_steps, state.seconds, _peak_memory(device)
@@ -262,7 +269,8 @@ def validate(
     """
     was_training = model.training
     model.eval()
-    card = Scorecard(dataset.tracks, [config.metric] if config.metric else None)
+    links = dataset.tracks.frame["link"].unique()
+    card = Scorecard(dataset.tracks, [config.metric] if config.metric else [default_metric(link) for link in links])
     device = next(model.parameters()).device
     count = len(dataset.tracks)
     total = weight = torch.zeros(len(objective.terms), device=device)
@@ -307,21 +315,22 @@ def _step(
     objective: Objective,
     micro: list[Sample],
     config: TrainConfig,
-) -> float:
-    """Gradients of one optimiser step, clipped; returns its loss over all processes."""
-    weights = accelerator.reduce(torch.stack([objective.weigh(sample) for sample in micro]).sum(0)).clamp(min=1e-12)
+) -> tuple[float, Tensor]:
+    """Gradients of one optimiser step, clipped; returns its loss and the weight of each term over all processes."""
+    weights = accelerator.reduce(torch.stack([objective.weigh(sample) for sample in micro]).sum(0))
+    divisors = weights.clamp(min=1e-12)
     optimizer.zero_grad(set_to_none=True)
-    sums = torch.zeros_like(weights)
+    sums = torch.zeros_like(divisors)
     for number, sample in enumerate(micro):
         last = number == len(micro) - 1
         with nullcontext() if last or wrapped is model else accelerator.no_sync(wrapped):
             with autocast(config.precision, accelerator.device):
                 totals = objective(wrapped, sample)
             # gradients of processes are averaged, so the sum over processes is N times that
-            (accelerator.num_processes * (totals / weights).sum()).backward()
+            (accelerator.num_processes * (totals / divisors).sum()).backward()
         sums += totals.detach()
     nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], config.clip)
-    return float((accelerator.reduce(sums) / weights).sum())
+    return float((accelerator.reduce(sums) / divisors).sum()), weights
 
 
 def _micro_batches(
@@ -333,12 +342,15 @@ def _micro_batches(
     rank: int,
     device: torch.device,
 ) -> Iterator[Sample]:
-    """This process's share of a step's rows in micro-batches; a share without rows takes part with weight zero."""
+    """This process's share of a step's rows in micro-batches, as many on every process and none above ``batch_size``.
+
+    A micro-batch without rows takes part with weight zero.
+    """
     shares = np.array_split(rows, world)
-    mine = shares[rank]
-    empty = not len(mine)
-    mine = rows[:1] if empty else mine
-    for chosen in _micro_split(mine, config.accumulate, shares):
+    count = max(-(-len(share) // config.batch_size) for share in shares)
+    for part in np.array_split(shares[rank], count):
+        empty = not len(part)
+        chosen = rows[:1] if empty else part
         views = (
             [config.augment.draw(config.seed, epoch, int(row)) for row in chosen]
             if config.augment.views() != [FORWARD]
@@ -348,13 +360,6 @@ def _micro_batches(
         if empty:
             sample.mask.zero_()
         yield sample
-
-
-def _micro_split(
-    mine: npt.NDArray[np.int64], accumulate: int, shares: list[npt.NDArray[np.int64]]
-) -> list[npt.NDArray[np.int64]]:
-    """As many micro-batches on every process: the smallest share decides."""
-    return np.array_split(mine, max(1, min(accumulate, *(len(share) for share in shares))))
 
 
 def _set_learning_rates(optimizer: torch.optim.Optimizer, config: TrainConfig, step: int, steps: int) -> None:
@@ -380,11 +385,30 @@ def _from_main(accelerator: Accelerator, *values: float) -> tuple[float, ...]:
 
 def _write_log(path: Path, log: list[dict[str, float]]) -> None:
     building = path.with_name(".log.csv.part")
-    pd.DataFrame(log).to_csv(building, index=False)
-    os.replace(building, path)
+    try:
+        pd.DataFrame(log).to_csv(building, index=False)
+        os.replace(building, path)
+    except OSError as error:
+        raise RunError(
+            f"the log could not be written ({error.strerror})",
+            str(path),
+            remedy="Free some disk space, then continue with --resume",
+        ) from error
 
 
 # ---- checkpoints: one safetensors file each, replaced in one move, so that a kill leaves the old or the new ----
+
+
+def _new_checkpoints(folder: Path) -> Path:
+    try:
+        (folder / "checkpoints").mkdir(exist_ok=True)
+    except OSError as error:
+        raise RunError(
+            f"the checkpoints cannot be written ({error.strerror})",
+            str(folder),
+            remedy="Choose a folder that you can write to",
+        ) from error
+    return folder / "checkpoints"
 
 
 def _start_optimizer(optimizer: torch.optim.Optimizer) -> None:
@@ -405,20 +429,26 @@ def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     }
 
 
-def _identity(config: TrainConfig, dataset: Dataset) -> str:
+def _identity(
+    model: SequenceModel, objective: Objective, config: TrainConfig, dataset: Dataset, world: int
+) -> dict[str, Any]:
     """What must be equal for a run to be continued."""
-    settings = {
-        key: value for key, value in asdict(config).items() if key not in ("save_minutes", "tracker", "patience")
+    adapted = adapted_of(model)
+    return {
+        "train": {k: v for k, v in asdict(config).items() if k not in ("save_minutes", "tracker", "patience")},
+        "dataset": dataset.hash,
+        "adapter": repr(adapted.adapter),
+        "weights": dict(adapted.base),
+        "objective": [type(objective).__name__, *objective.terms],
+        "processes": world,
     }
-    return json.dumps({"train": settings, "dataset": dataset.hash}, sort_keys=True)
 
 
 def _save_checkpoint(
     path: Path,
     model: SequenceModel,
     optimizer: torch.optim.Optimizer,
-    config: TrainConfig,
-    dataset: Dataset,
+    identity: Mapping[str, Any],
     state: _Progress,
 ) -> None:
     tensors = {f"model.{name}": tensor for name, tensor in trainable_state(model).items()} | _optimizer_tensors(
@@ -427,7 +457,7 @@ def _save_checkpoint(
     tensors["random.cpu"] = torch.get_rng_state()
     if torch.cuda.is_available():
         tensors["random.cuda"] = torch.cuda.get_rng_state()
-    _write_tensors(path, tensors, {"progress": asdict(state), "identity": _identity(config, dataset)})
+    _write_tensors(path, tensors, {"progress": asdict(state), "identity": json.dumps(identity)})
 
 
 def _write_tensors(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
@@ -449,46 +479,54 @@ def _write_tensors(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str
         ) from error
 
 
-def _load_tensors(model: SequenceModel, path: Path) -> None:
-    own = trainable_state(model)
-    with safe_open(path, framework="pt") as file, torch.no_grad():
-        for name in file.keys():  # noqa: SIM118  (not a dict)
-            own[name].copy_(file.get_tensor(name))
-
-
-def _load_checkpoint(
-    path: Path, model: SequenceModel, optimizer: torch.optim.Optimizer, config: TrainConfig, dataset: Dataset
-) -> _Progress:
+def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
         with safe_open(path, framework="pt") as file:
-            facts = dict(file.metadata())
-            if json.loads(facts["identity"]) != _identity(config, dataset):
-                raise RunError(
-                    "the checkpoint belongs to other settings or data",
-                    str(path),
-                    remedy="Resume with the experiment and dataset that it was started with, or start a new run",
-                )
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a dict)
-    except SafetensorError as error:
+            facts = {key: json.loads(value) for key, value in (file.metadata() or {}).items()}
+            return {name: file.get_tensor(name) for name in file.keys()}, facts  # noqa: SIM118  (not a dict)
+    except (SafetensorError, OSError, json.JSONDecodeError) as error:
         raise RunError(
             f"the checkpoint cannot be read ({error})", str(path), remedy="Remove the folder and start again"
         ) from error
-    own = {f"model.{name}": tensor for name, tensor in trainable_state(model).items()} | _optimizer_tensors(optimizer)
-    saved = {name for name in tensors if not name.startswith("random.")}
-    if set(own) != saved:
+
+
+def _copy_tensors(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor], path: Path) -> None:
+    differing = sorted(
+        name
+        for name in own.keys() | tensors.keys()
+        if name not in own or name not in tensors or own[name].shape != tensors[name].shape
+    )
+    if differing:
         raise RunError(
             "the checkpoint holds other tensors than this model trains",
-            sorted(set(own) ^ saved)[:5],
+            differing[:5],
             where=path,
             remedy="Resume with the same adapter and model",
         )
     with torch.no_grad():
         for name, tensor in own.items():
             tensor.copy_(tensors[name])
+
+
+def _load_checkpoint(
+    path: Path, model: SequenceModel, optimizer: torch.optim.Optimizer, identity: Mapping[str, Any]
+) -> _Progress:
+    tensors, facts = _read_tensors(path)
+    if not {"identity", "progress"} <= facts.keys():
+        raise RunError("this is not a checkpoint of a run", str(path), remedy="Remove the folder and start again")
+    now = json.loads(json.dumps(identity))
+    if differing := [key for key, value in json.loads(facts["identity"]).items() if now.get(key) != value]:
+        raise RunError(
+            f"the checkpoint belongs to other settings or data (they differ in {', '.join(differing)})",
+            str(path),
+            remedy="Resume with the experiment and dataset that it was started with, or start a new run",
+        )
+    own = {f"model.{name}": tensor for name, tensor in trainable_state(model).items()} | _optimizer_tensors(optimizer)
+    _copy_tensors(own, {name: tensor for name, tensor in tensors.items() if not name.startswith("random.")}, path)
     torch.set_rng_state(tensors["random.cpu"])
     if "random.cuda" in tensors and torch.cuda.is_available():
         torch.cuda.set_rng_state(tensors["random.cuda"])
-    return _Progress(**json.loads(facts["progress"]))
+    return _Progress(**facts["progress"])
 
 
 def _peak_memory(device: torch.device) -> int:

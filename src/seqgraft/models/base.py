@@ -7,13 +7,16 @@ The reading example is ``convnet.py``.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
 from seqgraft.errors import ModelError
@@ -212,16 +215,15 @@ class Trunk(_StaysFrozen):
     def encode(self, codes: Tensor, lengths: Tensor | None = None) -> State:
         """One-hot ``(batch, 4, length)`` as the first state, padded to a multiple of ``stride``.
 
-        Positions at or beyond ``lengths`` are padding; without ``lengths`` every position up to PAD codes is valid.
+        Positions at or beyond ``lengths`` are padding; without ``lengths`` those of the PAD codes at the right are.
         """
-        batch, length = codes.shape
+        length = codes.shape[1]
+        lengths = (codes != PAD).sum(1) if lengths is None else lengths
         padded = -(-length // self.stride) * self.stride
         if padded != length:
             codes = nn.functional.pad(codes, (0, padded - length), value=PAD)
-        if lengths is None or (padded == length and bool((lengths == length).all())):
-            valid = None if padded == length else (torch.arange(padded, device=codes.device) < length).expand(batch, -1)
-        else:
-            valid = torch.arange(padded, device=codes.device)[None] < lengths[:, None]
+        whole = padded == length and bool((lengths == length).all())
+        valid = None if whole else torch.arange(padded, device=codes.device)[None] < lengths[:, None]
         return State(one_hot(codes), valid=valid)
 
     def run(self, state: State, start: str | None = None, stop: str | None = None) -> State:
@@ -232,7 +234,7 @@ class Trunk(_StaysFrozen):
         for name in names[first:last]:
             stage = self.stages[name]
             if self.checkpointing and torch.is_grad_enabled():
-                state = checkpoint(stage, state, use_reentrant=False)
+                state = checkpoint(stage, state, use_reentrant=False, context_fn=partial(_recompute, stage))
             else:
                 state = stage(state)
         return state
@@ -246,6 +248,35 @@ class Trunk(_StaysFrozen):
         for module in self.modules():
             if callable(reset := getattr(module, "reset_parameters", None)):
                 reset()
+
+
+def _recompute(stage: nn.Module) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """The contexts of a checkpointed stage's two forward passes: BatchNorm counts each batch once."""
+    return nullcontext(), _statistics_kept(stage)
+
+
+@contextmanager
+def _statistics_kept(stage: nn.Module) -> Iterator[None]:
+    moving = [m for m in stage.modules() if isinstance(m, _BatchNorm) and m.training]
+    before = [(m.momentum, None if m.num_batches_tracked is None else m.num_batches_tracked.clone()) for m in moving]
+    for module in moving:
+        module.momentum = 0.0
+    try:
+        yield
+    finally:
+        for module, (momentum, count) in zip(moving, before, strict=True):
+            module.momentum = momentum
+            if module.num_batches_tracked is not None and count is not None:
+                module.num_batches_tracked.copy_(count)
+
+
+def mean_of_valid(state: State) -> Tensor:
+    """Mean of ``x`` over the valid positions, ``(batch, channels, 1)``; float32 at least: bf16 cannot count."""
+    x = state.x.to(torch.promote_types(state.x.dtype, torch.float32))
+    if state.valid is None:
+        return x.mean(-1, keepdim=True)
+    known = state.valid[:, None].to(x.dtype)
+    return (x * known).sum(-1, keepdim=True) / known.sum(-1, keepdim=True).clamp(min=1)
 
 
 class Head(nn.Module):
@@ -273,8 +304,7 @@ class Head(nn.Module):
         """``(batch, tracks, bins)`` before the link."""
         x = state.x
         if self.pool == "mean":
-            known = torch.ones_like(x[:, :1]) if state.valid is None else state.valid[:, None].to(x.dtype)
-            x = (x * known).sum(-1, keepdim=True) / known.sum(-1, keepdim=True).clamp(min=1)
+            x = mean_of_valid(state)
         elif self.pool == "max":
             x = state.masked(float("-inf")).amax(-1, keepdim=True)
         values: Tensor = self.out(x)

@@ -51,8 +51,8 @@ class ConvNet(Trunk):
                 where="convnet",
                 remedy=f"Choose one of {resolutions}",
             )
-        if channels % 16:
-            raise ModelError("the number of channels must be a multiple of 16", channels, where="convnet")
+        if channels % 16 or channels < 16:
+            raise ModelError("the number of channels must be a multiple of 16, 16 or more", channels, where="convnet")
         self.settings = {"channels": channels, "depth": depth, "blocks": blocks}
         self.stride = resolutions[-1]
         ups = depth - resolutions.index(bin_size)

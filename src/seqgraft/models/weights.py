@@ -27,7 +27,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from seqgraft.data.dataset import DatasetInfo, new_folder, write_json
-from seqgraft.errors import ConfigError, ModelError
+from seqgraft.errors import ConfigError, ModelError, Problems
 from seqgraft.models.base import Head, SequenceModel, Trunk, weight_hash, with_spec
 from seqgraft.models.convnet import ConvNet
 from seqgraft.tracks import TrackTable
@@ -45,7 +45,8 @@ __all__ = [
 ]
 
 FORMAT_VERSION = 1
-PRETRAINED = "pretrained_"  # heads whose names start so came with the weights and stay beside the new ones
+PRETRAINED = "pretrained_"  # heads whose names start so came with the weights and stay as they are
+CONTINUED = "continued_"  # and those of head: pretrained, which train on
 
 #: Architecture -> class. A new trunk is registered here, and the contract tests find it.
 TRUNKS: dict[str, type[ConvNet]] = {"convnet": ConvNet}
@@ -58,8 +59,8 @@ class ModelConfig:
     Attributes:
         name: a bundled model, the path of a model folder, or an architecture.
         init: "random" keeps the architecture and draws new weights: the control that training from scratch needs.
-        head: "new" heads for the new tracks; "pretrained": the heads that came with the weights, for tracks of the same
-            names; "extend": new heads, with the pretrained ones kept frozen beside them.
+        head: "new" heads for the new tracks; "pretrained": the heads that came with the weights train on, for tracks of
+            the same names; "extend": new heads. Pretrained tracks that the data lack are kept frozen beside them.
         pool: how the bins of a labelled sequence become one.
         settings: of an architecture, such as ``{channels: 96, depth: 4, blocks: 2}``.
     """
@@ -128,12 +129,17 @@ def _read_folder(folder: Path) -> Pretrained:
         content = json.loads(path.read_text())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"the file is not valid JSON ({error})", where=path) from error
+    if not isinstance(content, dict):
+        raise ConfigError("the file does not describe a model", type(content).__name__, where=path)
     if content.get("format") != "seqgraft-model" or content.get("format_version") != FORMAT_VERSION:
         raise ConfigError(
             "the model has a format or version that this seqgraft does not read",
             content.get("format_version"),
             where=path,
         )
+    needed = ("name", "architecture", "settings", "bin_size", "heads", "tracks", "weights_sha256")
+    if absent := [key for key in needed if key not in content]:
+        raise ConfigError("the model's description lacks entries", absent, where=path, remedy="Copy the folder again")
     if content["architecture"] not in TRUNKS:
         raise ModelError(
             "the model has an unknown architecture",
@@ -231,7 +237,7 @@ def _build_trunk(config: ModelConfig, pretrained: Pretrained | None, info: Datas
                 remedy=f"Prepare the data with bin_size: {native}",
             )
         crop, rest = divmod(info.window - info.bins * info.bin_size, 2 * native)
-        if rest:
+        if rest or crop < 0:
             raise ModelError(
                 "the margin between window and target interval must be a whole number of bins on each side",
                 f"window {info.window}, {info.bins} bins of {info.bin_size} bp",
@@ -289,7 +295,6 @@ def _with_pretrained_heads(
             remedy="Use head: new",
         )
     old = pretrained.tracks
-    kept = _pretrained_heads(pretrained, trunk)
     if config.head == "pretrained":
         absent = [name for name in tracks.names if name not in old.names]
         if absent:
@@ -299,13 +304,22 @@ def _with_pretrained_heads(
                 where="model.head",
                 remedy=f"They have {old.names}; use head: new or extend",
             )
-        # the model's own squash comes with its weights; the dataset's table must agree, or the units would differ
-        return SequenceModel(
-            trunk,
-            kept,
-            tracks.concat(old.select([n for n in old.names if n not in tracks.names]))
-            if len(tracks) < len(old)
-            else tracks,
+        _check_units(tracks, old)
+        continued: dict[str, Head] = {}
+        for name, names in pretrained.content["heads"].items():
+            here = [track for track in names if track in tracks.names]
+            rest = [track for track in names if track not in tracks.names]
+            for prefix, table, chosen in ((CONTINUED, tracks, here), (PRETRAINED, old, rest)):
+                if chosen:
+                    continued[prefix + name] = Head(table.select(chosen), trunk.spec.channels)
+        beside = [name for name in old.names if name not in tracks.names]
+        return SequenceModel(trunk, continued, tracks.concat(old.select(beside)) if beside else tracks)
+    if config.init == "random":
+        raise ConfigError(
+            "pretrained tracks cannot be kept on a trunk with random weights",
+            config.head,
+            where="model.head",
+            remedy="Use head: new with init: random",
         )
     clash = set(tracks.names) & set(old.names)
     if clash:
@@ -315,21 +329,48 @@ def _with_pretrained_heads(
             where="model.head",
             remedy="Rename the new tracks, or use head: pretrained",
         )
-    return SequenceModel(trunk, {**heads, **kept}, tracks.concat(old))
+    return SequenceModel(trunk, {**heads, **_pretrained_heads(pretrained, trunk)}, tracks.concat(old))
+
+
+def _check_units(tracks: TrackTable, old: TrackTable) -> None:
+    """A head that trains on must mean the same by its outputs."""
+    problems = Problems(ModelError)
+    for column in ("link", "statistic", "scale", "center", "squash", "soft_clip", "clip"):
+        of_old = dict(zip(old.names, old.frame[column], strict=True))
+        for name, value in zip(tracks.names, tracks.frame[column], strict=True):
+            if value != of_old[name] and not (value != value and of_old[name] != of_old[name]):  # NaN: none
+                problems.add(
+                    f"the track {name!r} has another {column} than in the pretrained model, {of_old[name]!r}",
+                    value,
+                    where="model.head",
+                    remedy="Prepare the tracks as the model's were, or use head: new",
+                )
+    problems.raise_if_any()
 
 
 def _load(model: SequenceModel, pretrained: Pretrained) -> None:
-    """Copies the trunk's weights, and those of pretrained heads that the model keeps; strict about names and shapes."""
+    """Copies the trunk's weights, and those of pretrained tracks that the model has; strict about names and shapes."""
     tensors = pretrained.tensors()
-    prefix = f"heads.{PRETRAINED}"
-    wanted = {name: tensor for name, tensor in model.state_dict().items() if name.startswith(("trunk.", prefix))}
-    source = {name.replace(prefix, "heads.", 1): name for name in wanted}
-    missing = sorted(set(source) - set(tensors))
-    extra = sorted(name for name in set(tensors) - set(source) if name.startswith("trunk."))
+    own = model.state_dict()
+    wanted: dict[str, list[tuple[str, list[int] | None]]] = {  # their name -> ours, and which of their rows
+        name: [(name, None)] for name in own if name.startswith("trunk.")
+    }
+    expected = {name: tuple(own[name].shape) for name in wanted}
+    for key, head in model.heads.items():
+        if key.startswith((PRETRAINED, CONTINUED)) and isinstance(head, Head):
+            there = key.partition("_")[2]
+            names = list(pretrained.content["heads"][there])
+            for part, tensor in head.state_dict().items():
+                theirs = f"heads.{there}.{part}"
+                rows = [names.index(track) for track in head.tracks.names]
+                wanted.setdefault(theirs, []).append((f"heads.{key}.{part}", rows))
+                expected[theirs] = (len(names), *tensor.shape[1:])
+    missing = sorted(set(wanted) - set(tensors))
+    extra = sorted(name for name in set(tensors) - set(wanted) if name.startswith("trunk."))
     shapes = [
-        f"{name}: {tuple(tensors[name].shape)} instead of {tuple(wanted[own].shape)}"
-        for name, own in source.items()
-        if name in tensors and tensors[name].shape != wanted[own].shape
+        f"{name}: {tuple(tensors[name].shape)} instead of {shape}"
+        for name, shape in expected.items()
+        if name in tensors and tuple(tensors[name].shape) != shape
     ]
     if missing or extra or shapes:
         raise ModelError(
@@ -338,8 +379,9 @@ def _load(model: SequenceModel, pretrained: Pretrained) -> None:
             where=pretrained.folder,
         )
     with torch.no_grad():
-        for name, own in source.items():
-            wanted[own].copy_(tensors[name])
+        for theirs, copies in wanted.items():
+            for ours, chosen in copies:
+                own[ours].copy_(tensors[theirs] if chosen is None else tensors[theirs][chosen])
     found = weight_hash(model.trunk)
     if found != pretrained.content["weights_sha256"]:
         raise ModelError(
