@@ -176,14 +176,9 @@ def report(
     out: Annotated[Path | None, typer.Option(help="Where to write the page; by default into the folder.")] = None,
 ) -> None:
     """One self-contained HTML page of a run, or a comparison of runs."""
-    from seqgraft.report import write_comparison, write_report
+    from seqgraft.report import write_report
 
-    if (folder / "experiment.yaml").exists():
-        page = write_report(folder, out)
-    else:
-        runs = sorted(path.parent for path in folder.glob("*/experiment.yaml"))
-        page = write_comparison(runs, out or folder / "report.html")
-    _say(f"The report is {page}.")
+    _say(f"The report is {write_report(folder, out)}.")
 
 
 @app.command()

@@ -18,7 +18,7 @@ from seqgraft.models.base import SequenceModel, State, mean_of_valid
 from seqgraft.progress import progress
 from seqgraft.sample import Sample
 
-__all__ = ["FORWARD_ONLY", "Precision", "autocast", "embed", "predict", "predict_batches"]
+__all__ = ["FORWARD_ONLY", "Precision", "autocast", "embed", "features", "predict", "predict_batches"]
 
 Precision = Literal["float32", "bf16"]
 FORWARD_ONLY = Augmentation(reverse_complement=False, shift=0)
@@ -93,6 +93,19 @@ def embed(
 
     parts = [values for _, values in _over_views(model, dataset, rows, one, ensemble, batch_size, precision, "embed")]
     return np.concatenate(parts) if parts else np.empty((0, model.trunk.spec.channels), dtype=np.float32)
+
+
+def features(
+    model: SequenceModel, dataset: Dataset, rows: npt.NDArray[np.int64], *, batch_size: int = 16
+) -> Iterator[tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]]:
+    """Yields ``(rows, values)`` per batch: the trunk's features ``(batch, channels, bins)``, or one bin for labels."""
+    labels = dataset.info.bins == 1
+
+    def one(sample: Sample, view: View) -> Tensor:  # noqa: ARG001  (forward only)
+        state: State = model.trunk(sample.codes, sample.lengths)
+        return mean_of_valid(state) if labels else state.x
+
+    yield from _over_views(model, dataset, rows, one, FORWARD_ONLY, batch_size, "float32", "features")
 
 
 def _over_views(

@@ -42,7 +42,7 @@ from seqgraft.output import check_output, write_embeddings, write_predictions
 from seqgraft.predict import embed, predict_batches
 from seqgraft.regions import regions_for_prediction
 from seqgraft.scoring import default_metric
-from seqgraft.train import FitResult, fit
+from seqgraft.train import FitResult, TrainConfig, fit
 
 __all__ = [
     "Run",
@@ -129,6 +129,8 @@ def fit_run(experiment: Experiment, folder: Path, *, resume: bool = False) -> Fi
             str(folder),
             remedy="Continue it with --resume, or choose another name",
         )
+    if resume and (folder / "experiment.yaml").exists():
+        _check_resumed(experiment, read_experiment(folder / "experiment.yaml"), folder)
     model, dataset = build_run(experiment)
     objective = objective_of(experiment, dataset)
     counts = adapt(model, experiment.adapter)
@@ -154,6 +156,21 @@ def fit_run(experiment: Experiment, folder: Path, *, resume: bool = False) -> Fi
             | {"result": asdict(result), "seconds": result.seconds, "peak_memory_bytes": result.peak_memory_bytes},
         )
     return result
+
+
+def _check_resumed(experiment: Experiment, before: Experiment, folder: Path) -> None:
+    """A run goes on as it began; only how it is scored, and what does not change the result, may be another."""
+    free = {"patience", "save_minutes", "tracker"}
+    named = [(name, getattr(experiment, name), getattr(before, name)) for name in ("model", "adapter", "loss")]
+    for name in sorted(TrainConfig.__dataclass_fields__.keys() - free):
+        named.append((f"train.{name}", getattr(experiment.train, name), getattr(before.train, name)))
+    if changed := [name for name, now, then in named if now != then]:
+        raise RunError(
+            "the run was started with other settings",
+            changed,
+            where=folder,
+            remedy=f"Resume it with {folder / 'experiment.yaml'}, or start a new run",
+        )
 
 
 def _other_process() -> bool:
@@ -266,10 +283,20 @@ def _seen(run: Run) -> pd.DataFrame:
     fitted = run.dataset.regions[run.dataset.regions["fold"] == "train"][["chrom", "start", "end", "fold"]].copy()
     margin = (info.window - info.bins * info.bin_size) // 2
     fitted["start"], fitted["end"] = (fitted["start"] - margin).clip(lower=0), fitted["end"] + margin
+    fitted = _joined(fitted)
     start = find_model(run.experiment.model.name) if run.experiment.model.init == "pretrained" else None
     if start is None or start.trained_on is None or start.content.get("genome") != (info.genome or {}).get("hash"):
         return fitted  # places of another genome say nothing about this one
     return pd.concat([read_trunk_folds(start.trained_on), fitted], ignore_index=True)
+
+
+def _joined(regions: pd.DataFrame) -> pd.DataFrame:
+    """Overlapping or touching regions of a chromosome and fold as one."""
+    regions = regions.sort_values(["fold", "chrom", "start"])
+    same = (regions["chrom"] == regions["chrom"].shift()) & (regions["fold"] == regions["fold"].shift())
+    reach = regions.groupby(["fold", "chrom"])["end"].cummax().shift()
+    piece = (~(same & (regions["start"] <= reach))).cumsum()
+    return regions.groupby(piece).agg({"chrom": "first", "start": "min", "end": "max", "fold": "first"})
 
 
 def _fold_counts(dataset: Dataset) -> dict[str, int]:

@@ -6,6 +6,7 @@ convolution without the dilation and the padding mode of its base; a subclass he
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -19,6 +20,9 @@ from torch.nn.modules.batchnorm import _NormBase
 from seqgraft.adapters.base import Adapter, check_types, explained, modules_at
 from seqgraft.errors import ConfigError, ModelError, Problems
 from seqgraft.models.base import SequenceModel, Trunk
+
+# It warns whenever peft is imported that an optional kernel was not fetched from the hub.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 __all__ = ["IA3", "LoRA", "Peft", "ScaledConv"]
 
@@ -258,7 +262,10 @@ def _inject(
     configs: dict[Any, Any] = dict(PEFT_TYPE_TO_CONFIG_MAPPING)
     tuners: dict[Any, Any] = dict(PEFT_TYPE_TO_TUNER_MAPPING)
     if method not in tuners:
-        raise ModelError("peft has no method of this name for single modules", method.lower(), where=label)
+        known = sorted(name.lower() for name in tuners if name.lower() not in _REFUSED)
+        remedy = f"Choose from {', '.join(known)}"
+        what = "peft has no method of this name for single modules"
+        raise ModelError(what, method.lower(), where=label, remedy=remedy)
     with explained("peft refuses these settings", label):
         config = configs[method](target_modules=_exactly(names), **settings)
     if method == "LORA":

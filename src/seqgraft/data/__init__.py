@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from seqgraft.data.coverage import CoverageSource, prepare_coverage
-from seqgraft.data.dataset import Dataset, open_dataset
+from seqgraft.data.dataset import Dataset, check_new_folder, open_dataset
 from seqgraft.data.labelled import LabelledSource, prepare_labelled
 from seqgraft.data.peaks import PeakSource, prepare_peaks
 
@@ -26,6 +26,12 @@ SOURCES: dict[str, tuple[type, Callable[[Any, Path], Dataset]]] = {
 
 
 def prepare_source(source: object, folder: Path) -> Dataset:
-    """Prepares a dataset from the settings of any source, into a new folder."""
+    """Prepares a dataset from the settings of any source, into a new folder.
+
+    Raises:
+        RunError: the folder exists or cannot be made; found before anything is read.
+        SeqgraftError: whatever is wrong with the source.
+    """
+    check_new_folder(Path(folder))
     functions = dict(SOURCES.values())
     return functions[type(source)](source, folder)

@@ -22,7 +22,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,16 @@ from seqgraft.sample import Sample
 from seqgraft.sequence import Codes, reverse_complement
 from seqgraft.tracks import TrackTable, squash
 
-__all__ = ["FORMAT_VERSION", "Dataset", "DatasetInfo", "hash_file", "new_folder", "open_dataset", "write_dataset"]
+__all__ = [
+    "FORMAT_VERSION",
+    "Dataset",
+    "DatasetInfo",
+    "check_new_folder",
+    "hash_file",
+    "new_folder",
+    "open_dataset",
+    "write_dataset",
+]
 
 FORMAT_VERSION = 1
 REGION_COLUMNS = ("chrom", "start", "end", "strand", "name", "fold")
@@ -202,6 +211,20 @@ def hash_file(path: Path) -> dict[str, Any]:
     return {"path": str(path.resolve()), "sha256": digest, "bytes": path.stat().st_size}
 
 
+def check_new_folder(folder: Path) -> None:
+    """Finds what would stop :func:`new_folder`, before anything is computed.
+
+    Raises:
+        RunError: the folder exists already or cannot be written.
+    """
+    if folder.exists():
+        raise RunError("the output folder exists already", str(folder), remedy="Choose another name or remove it first")
+    parent = next(parent for parent in folder.absolute().parents if parent.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        what, remedy = f"the output folder cannot be made in {parent}", "Choose a folder that you can write to"
+        raise RunError(what, str(folder), remedy=remedy)
+
+
 @contextmanager
 def new_folder(folder: Path, *, replace_existing: bool = False) -> Iterator[Path]:
     """Builds a folder in a hidden temporary sibling and publishes it by rename: nobody ever sees a half-written one.
@@ -210,8 +233,9 @@ def new_folder(folder: Path, *, replace_existing: bool = False) -> Iterator[Path
         RunError: the folder exists (unless ``replace_existing``), cannot be written, or the disk is full.
     """
     folder = Path(folder)
-    if folder.exists() and not replace_existing:
-        raise RunError("the output folder exists already", str(folder), remedy="Choose another name or remove it first")
+    if not replace_existing:
+        check_new_folder(folder)
+    new_parents = [parent for parent in folder.absolute().parents if not parent.exists()]
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         building = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
@@ -223,7 +247,9 @@ def new_folder(folder: Path, *, replace_existing: bool = False) -> Iterator[Path
         ) from error
     try:
         yield building
-        building.chmod(0o777 & ~_umask())
+        # mkdtemp and safetensors keep files to their owner; a published folder is as open as any other new file
+        for path in (building, *building.rglob("*")):
+            path.chmod((0o777 if path.is_dir() else 0o666) & ~_umask())
         if folder.exists():
             retired = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
             folder.rename(retired / "old")
@@ -239,6 +265,9 @@ def new_folder(folder: Path, *, replace_existing: bool = False) -> Iterator[Path
         ) from error
     finally:
         shutil.rmtree(building, ignore_errors=True)
+        for parent in new_parents if not folder.exists() else ():
+            with suppress(OSError):  # something else may be there by now
+                parent.rmdir()
 
 
 def _umask() -> int:
@@ -319,6 +348,8 @@ def open_dataset(folder: Path | str) -> Dataset:
         path = folder / f"{name}.npy"
         if path.exists():
             try:
+                with path.open("rb") as file:  # np.load would also open a zip archive
+                    np.lib.format.read_magic(file)
                 arrays[name] = np.load(path, mmap_mode="r", allow_pickle=False)
             except (ValueError, OSError, EOFError) as error:
                 problems.add(
@@ -380,8 +411,9 @@ def _read_info(folder: Path) -> tuple[DatasetInfo, dict[str, Any]]:
         raise ConfigError(
             f"the file is not valid JSON ({error})", where=path, remedy="Prepare the dataset again"
         ) from error
-    if content.get("format") != "seqgraft-dataset":
-        raise ConfigError("the file does not describe a prepared dataset", content.get("format"), where=path)
+    if not isinstance(content, dict) or content.get("format") != "seqgraft-dataset":
+        remedy = "Give a folder that 'seqgraft prepare' wrote"
+        raise ConfigError("the file does not describe a prepared dataset", where=path, remedy=remedy)
     if content.get("format_version") != FORMAT_VERSION:
         raise ConfigError(
             f"the dataset has another format version than this seqgraft reads ({FORMAT_VERSION})",

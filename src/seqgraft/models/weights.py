@@ -128,7 +128,8 @@ def _read_folder(folder: Path) -> Pretrained:
     try:
         content = json.loads(path.read_text())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"the file is not valid JSON ({error})", where=path) from error
+        remedy = "Copy or download the folder again"
+        raise ConfigError(f"the file is not valid JSON ({error})", where=path, remedy=remedy) from error
     if not isinstance(content, dict):
         raise ConfigError("the file does not describe a model", type(content).__name__, where=path)
     if content.get("format") != "seqgraft-model" or content.get("format_version") != FORMAT_VERSION:
@@ -247,7 +248,10 @@ def _build_trunk(config: ModelConfig, pretrained: Pretrained | None, info: Datas
         trunk = TRUNKS[architecture](**settings, bin_size=native, crop=crop)
     except TypeError as error:
         raise ConfigError(
-            f"the architecture does not take these settings ({error})", settings, where="model.settings"
+            f"the architecture does not take these settings ({error})",
+            settings,
+            where="model.settings",
+            remedy=f"It takes {', '.join(TRUNKS[architecture]().settings)}",
         ) from error
     if not labels and info.window % trunk.stride:
         raise ModelError(
