@@ -339,7 +339,7 @@ def _forgetting(
         regions["chrom"].tolist(), regions["start"].to_numpy(), regions["end"].to_numpy(), config.block
     )
     if config.original is None:
-        note = "pretrained tracks after adaptation against before"
+        note = "original tracks, after adaptation against before"
         cards = _pearson_cards(reference.tracks, before, after, rows)
         return [_original(label, fold, "agreement", card, None, blocks, note, config) for card in cards]
     known = [name for name in reference.tracks.names if name in data.tracks.names]

@@ -22,16 +22,25 @@ def comparison_page(runs: Sequence[RunFiles]) -> Page:
         notes.insert(0, "The runs were evaluated on different data, so their scores do not compare.")
     first = next((run for run in runs if run.scores is not None), None)
     if first is None or first.scores is None:
-        table = _table(names, {}, {}, "score")
+        table = _table(names, [])
         return Page(f"{len(runs)} runs, none of them evaluated", "", tuple(notes), (Section("Runs", (table,)),))
-    key = first.scores.main(first.label)
+    main = first.scores.main(first.label)
+    keys = [main, *(key for key in first.scores.leading() if key != main and not key.about and key.group != main.group)]
+    measures = [(key, _own(names, key), _others(names, key)) for key in keys]
+    titles = [_title(own, others, key, held_out(first, key.fold)) for key, own, others in measures]
+    headed = [f"{key.group}: {title}" if len(keys) > 1 else title for key, title in zip(keys, titles, strict=True)]
+    charts = [_chart(own, others, key, title) for (key, own, others), title in zip(measures, headed, strict=True)]
+    return Page(titles[0], "", tuple(notes), (Section("Methods", (_table(names, measures), *charts)),))
+
+
+#: What is measured, and the scores of runs and of baselines.
+Measure = tuple[Key, Mapping[str, Score], Mapping[str, Score]]
+
+
+def _own(names: Mapping[str, RunFiles], key: Key) -> dict[str, Score]:
+    """Each run's score, where it has one."""
     found = {name: run.scores.get(run.label, key) for name, run in names.items() if run.scores is not None}
-    own = {name: score for name, score in found.items() if score is not None}
-    others = _others(names, key)
-    title = _title(own, others, key, held_out(first, key.fold))
-    blocks = (_table(names, own, others, key.column), _chart(own, others, key, title))
-    sections = (Section("Methods", blocks),)
-    return Page(title, "", tuple(notes), sections)
+    return {name: score for name, score in found.items() if score is not None}
 
 
 def _names(runs: Sequence[RunFiles]) -> dict[str, RunFiles]:
@@ -83,11 +92,11 @@ def _chart(own: Mapping[str, Score], others: Mapping[str, Score], key: Key, titl
     return Chart(svg(figure, "methods", title), caption)
 
 
-def _table(names: Mapping[str, RunFiles], own: Mapping[str, Score], others: Mapping[str, Score], score: str) -> Table:
+def _table(names: Mapping[str, RunFiles], measures: Sequence[Measure]) -> Table:
     rows = [
         (
             Cell(name),
-            Cell.score(own.get(name)),
+            *(Cell.score(own.get(name)) for _, own, _ in measures),
             Cell.of(run.trained),
             Cell.of(run.part("result").get("best_epoch")),
             Cell.duration(run.environment.get("seconds")),
@@ -96,8 +105,12 @@ def _table(names: Mapping[str, RunFiles], own: Mapping[str, Score], others: Mapp
         for name, run in names.items()
     ]
     unknown = (Cell.of(None),) * 4
-    rows += [(Cell(words(model)), Cell.score(value), *unknown) for model, value in others.items()]
-    best = min(own, key=lambda name: own[name].rank, default=None)
+    models = dict.fromkeys(model for _, _, others in measures for model in others)
+    for model in models:
+        rows.append((Cell(words(model)), *(Cell.score(others.get(model)) for _, _, others in measures), *unknown))
+    first = measures[0][1] if measures else {}
+    best = min(first, key=lambda name: first[name].rank, default=None)
     strong = frozenset(index for index, name in enumerate(names) if name == best)
-    columns = ("method", score, "trained parameters", "best epoch", "training time", "peak memory")
+    scores = [key.column for key, _, _ in measures]
+    columns = ("method", *scores, "trained parameters", "best epoch", "training time", "peak memory")
     return Table("Runs and, below them, baselines; 95 % intervals in brackets.", columns, tuple(rows), strong)

@@ -81,8 +81,10 @@ class Score:
 
     @property
     def long(self) -> str:
+        # one number of decimals within a column reads better than significant digits
+        form = ".3f" if abs(self.value) < 10 else ".4g"
         known = math.isfinite(self.low) and math.isfinite(self.high)
-        return number(self.value) + (f" ({number(self.low)} to {number(self.high)})" if known else "")
+        return f"{self.value:z{form}}" + (f" ({self.low:z{form}} to {self.high:z{form}})" if known else "")
 
 
 @dataclass(frozen=True)
