@@ -1,4 +1,4 @@
-"""What the README shows is run.
+"""What the README shows is run, and the design has the tree and the layers that the package has.
 
 Every fenced block of code has a comment before it that says what it is:
 
@@ -16,10 +16,13 @@ import shlex
 import subprocess
 import sys
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import yaml
+
+from test_architecture import LAYERS, SOURCE
 
 ROOT = Path(__file__).resolve().parents[1]
 FENCE = re.compile(
@@ -112,3 +115,32 @@ def test_commands_exist() -> None:
         [sys.executable, "-m", "seqgraft", "--help"], capture_output=True, text=True, timeout=60, check=True
     ).stdout
     assert not [command for command in used if not re.search(rf"\b{re.escape(command)}\b", shown)]
+
+
+# ---- docs/design.md ----
+
+DESIGN = (ROOT / "docs" / "design.md").read_text()
+
+
+def test_the_tree_of_the_design_is_the_package() -> None:
+    tree = DESIGN.partition("## 3. Tree")[2].partition("*Planned* files")[0]
+    named = set(re.findall(r"\b(\w+\.(?:py|json|html|css|js))\b", tree))
+    names = {path.name for path in SOURCE.rglob("*") if path.suffix in (".py", ".html", ".css", ".js")}
+    names |= {"simulation.json"}
+    names.discard("__init__.py")
+    assert named == names
+
+
+def test_the_layers_of_the_design_are_those_that_are_checked() -> None:
+    """Every module stands in a row of the table, and the rows come in the order of LAYERS."""
+    rows = re.findall(r"^\| (\d) \| (.+) \|$", DESIGN.partition("## 4.")[0], re.MULTILINE)
+    assert [number for number, _ in rows] == [str(number) for number in range(len(rows))]
+    row_of: dict[str, int] = {}
+    for number, modules in rows:
+        written = re.sub(r"\([^)]*\*planned\*\)", "", modules)
+        row_of |= {word: int(number) for word in re.findall(r"[a-z_]+", written) if word not in ("then",)}
+    ranked = [[name for name in row if name] for row in LAYERS]
+    flat = [(name.partition(".")[0], rank) for rank, row in enumerate(ranked) for name in row]
+    assert {name for name, _ in flat} == set(row_of)
+    for (before, low), (after, high) in pairwise(flat):
+        assert low == high or row_of[before] <= row_of[after], (before, after)

@@ -1,7 +1,4 @@
-"""Simulated labels: labelled.csv, new.fa, and in sim/ a genome whose promoters are in peaks.bed.
-
-    python simulate.py
-"""
+"""`python simulate.py` writes labelled.csv, new.fa, and in sim/ a genome whose promoters are in peaks.bed."""
 
 from __future__ import annotations
 
