@@ -172,7 +172,8 @@ def fit(
             _write_log(folder / "log.csv", state.log)
     model.trunk.checkpointing = config.checkpointing
     wrapped = accelerator.prepare_model(model) if world > 1 else model
-    checks, alive = 0, set[str]()
+    # the gradient of a bias may be zero for good, as in a difference of two predictions
+    checks, alive = 0, {name for name, _ in model.named_parameters() if name.endswith("bias")}
     began, saved = time.monotonic() - state.seconds, time.monotonic()
     while state.epoch < config.epochs and not _out_of_patience(state, config):
         batches = objective.batches(rows, step_rows, config.seed, state.epoch)

@@ -1,0 +1,188 @@
+"""Tiny datasets and a tiny pretrained model, each made in well under a second. The signal follows from the sequence."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import nn
+
+from seqgraft.data.dataset import Dataset, DatasetInfo, open_dataset, write_dataset
+from seqgraft.genome import Genome
+from seqgraft.models.base import Head, SequenceModel
+from seqgraft.models.convnet import ConvNet
+from seqgraft.models.weights import save_model
+from seqgraft.sequence import PAD, decode
+from seqgraft.tracks import TrackTable
+
+#: What fits the tiny datasets: a trunk of about 9,000 parameters with a stride of 32 bp.
+SETTINGS = {"channels": 16, "depth": 3, "blocks": 1}
+WINDOW, BINS, BIN_SIZE = 256, 12, 16
+FOLDS = ("train", "train", "train", "valid", "test", "train")
+
+
+def track_table(names: Sequence[str], link: str = "softplus", **columns: object) -> TrackTable:
+    """Tracks whose group is their name without its strand."""
+    return TrackTable.build([{"name": name, "group": name.rstrip("+-"), "link": link, **columns} for name in names])
+
+
+def tiny_coverage(
+    folder: Path,
+    regions: int = 24,
+    tracks: Sequence[str] = ("rna+", "rna-", "atac"),
+    *,
+    link: str = "softplus",
+    groups: Sequence[str] | None = None,
+    links: Sequence[str] | None = None,
+    folds: Sequence[str] = FOLDS,
+    missing: float = 0.0,
+    seed: int = 0,
+) -> Dataset:
+    """Coverage with a genome: regions tile one chromosome of ``folder``/../NAME.fa, folds in turn.
+
+    A ``+`` track counts A per bin and a ``-`` track T, any other one G and C, so that turning a region round swaps the
+    strands; a little noise is added. ``missing`` is the share of bins that are masked.
+    """
+    folder = Path(folder)
+    rng = np.random.default_rng(seed)
+    target = BINS * BIN_SIZE
+    margin = (WINDOW - target) // 2
+    codes = rng.integers(0, 4, 2 * margin + regions * target, dtype=np.uint8)
+    fasta = folder.with_suffix(".fa")
+    fasta.parent.mkdir(parents=True, exist_ok=True)
+    fasta.write_text(f">chr1\n{decode(codes)}\n")
+    genome = Genome.open(fasta)
+    starts = margin + target * np.arange(regions)
+    wanted = {"+": (0,), "-": (3,)}
+    with write_dataset(folder, (regions, len(tracks), BINS)) as writer:
+        for track, name in enumerate(tracks):
+            counted = np.isin(codes, wanted.get(name[-1], (1, 2))).astype(np.float32)
+            bins = counted[margin : margin + regions * target].reshape(regions, BINS, BIN_SIZE).sum(-1)
+            writer.targets[:, track] = np.maximum(0, bins + rng.normal(0, 0.1, bins.shape))
+        table = TrackTable.build(
+            {
+                "name": name,
+                "group": groups[i] if groups else name.rstrip("+-"),
+                "link": links[i] if links else link,
+                "scale": 0.25,
+            }
+            for i, name in enumerate(tracks)
+        )
+        known = rng.random((regions, len(tracks), BINS)) >= missing
+        writer.finish(
+            DatasetInfo("coverage", WINDOW, BINS, BIN_SIZE, {"path": str(fasta.resolve()), "hash": genome.hash}),
+            pd.DataFrame(
+                {
+                    "chrom": "chr1",
+                    "start": starts,
+                    "end": starts + target,
+                    "strand": ".",
+                    "name": [f"region{i}" for i in range(regions)],
+                    "fold": [folds[i % len(folds)] for i in range(regions)],
+                }
+            ),
+            table,
+            mask=known if missing else None,
+        )
+    return open_dataset(folder)
+
+
+def tiny_labels(
+    folder: Path,
+    link: str = "sigmoid",
+    *,
+    rows: int = 36,
+    lengths: tuple[int, int] = (70, 140),
+    missing: float = 0.0,
+    seed: int = 0,
+) -> Dataset:
+    """Labelled sequences without a genome, of different lengths: whether (how far) G and C, or A and G, prevail.
+
+    ``link`` sigmoid or identity: two label columns; softmax: three classes by the share of G and C.
+    """
+    rng = np.random.default_rng(seed)
+    size = rng.integers(lengths[0], lengths[1] + 1, rows)
+    size[:2] = lengths
+    codes = np.full((rows, lengths[1]), PAD, dtype=np.uint8)
+    shares = np.empty((rows, 2))
+    for row, length in enumerate(size):
+        lean = rng.dirichlet([2, 2, 2, 2])
+        codes[row, :length] = rng.choice(4, length, p=lean)
+        shares[row] = [np.isin(codes[row, :length], wanted).mean() for wanted in ((1, 2), (0, 2))]
+    names = ["gc", "purine"] if link != "softmax" else ["low", "middle", "high"]
+    if link == "sigmoid":
+        labels = (shares > np.median(shares, axis=0)).astype(np.float32)
+    elif link == "softmax":
+        labels = np.eye(3, dtype=np.float32)[np.searchsorted(np.quantile(shares[:, 0], [1 / 3, 2 / 3]), shares[:, 0])]
+    else:
+        labels = (8 * (shares - 0.5)).astype(np.float32)
+    labels[rng.random(labels.shape) < missing] = np.nan
+    with write_dataset(Path(folder), (rows, len(names), 1)) as writer:
+        writer.targets[:] = labels[:, :, None]
+        writer.finish(
+            DatasetInfo("labelled", lengths[1], 1, lengths[1]),
+            pd.DataFrame(
+                {
+                    "chrom": "",
+                    "start": 0,
+                    "end": 0,
+                    "strand": ".",
+                    "name": [f"sequence{i}" for i in range(rows)],
+                    "fold": [FOLDS[i % len(FOLDS)] for i in range(rows)],
+                }
+            ),
+            TrackTable.build([{"name": name, "group": "label", "link": link} for name in names]),
+            codes=codes,
+            lengths=size,
+        )
+    return open_dataset(folder)
+
+
+def settled_trunk(seed: int = 0, *, bin_size: int = BIN_SIZE, crop: int = 2, **settings: int) -> ConvNet:
+    """A small trunk whose BatchNorm statistics are not those of an untrained one."""
+    torch.manual_seed(seed)
+    trunk = ConvNet(**(SETTINGS | settings), bin_size=bin_size, crop=crop)
+    for module in trunk.modules():
+        if isinstance(module, nn.BatchNorm1d):
+            nn.init.normal_(module.running_mean, std=0.3)
+            nn.init.uniform_(module.running_var, 0.5, 2)
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.normal_(module.bias, std=0.3)
+    return trunk
+
+
+def tiny_pretrained(
+    folder: Path,
+    tracks: Sequence[str] = ("old+", "old-", "mark"),
+    *,
+    trained_on: Dataset | None = None,
+    seed: int = 0,
+    **settings: int,
+) -> Path:
+    """A model folder that ``ModelConfig.name`` takes, with heads for ``tracks`` and random weights.
+
+    ``trained_on``: a dataset, of which the regions of the fold "train" are recorded as seen.
+    """
+    trunk = settled_trunk(seed, **settings)
+    table = track_table(tracks)
+    heads = {
+        group: Head(table.select([tracks[i] for i in index]), trunk.spec.channels)
+        for group, index in table.groups.items()
+    }
+    info = trained_on.info if trained_on else DatasetInfo("coverage", WINDOW, BINS, BIN_SIZE)
+    seen = trained_on.regions[trained_on.regions["fold"] == "train"] if trained_on else None
+    save_model(
+        SequenceModel(trunk, heads, table),
+        Path(folder),
+        name="tiny",
+        info=info,
+        licence="CC0",
+        citation="",
+        trained_on=seen,
+        card="# tiny\n",
+        parameters=sum(p.numel() for p in trunk.parameters()),
+    )
+    return Path(folder)
