@@ -10,6 +10,7 @@ import typer
 if TYPE_CHECKING:
     import pandas as pd
 
+    from seqgraft.data.dataset import DatasetInfo
     from seqgraft.plan import Plan
 
 # Nothing heavy may be imported at the top of this file: `seqgraft --help` must not load torch.
@@ -72,10 +73,7 @@ def prepare(
 
     dataset = run(source, folder, tuple(settings or ()))
     folds = ", ".join(f"{fold} {count}" for fold, count in dataset.regions["fold"].value_counts().items())
-    _say(
-        f"{folder}: {len(dataset)} regions ({folds}), {len(dataset.tracks)} tracks, "
-        f"{dataset.info.bins} bins of {dataset.info.bin_size} bp."
-    )
+    _say(f"{folder}: {len(dataset)} regions ({folds}), {len(dataset.tracks)} tracks, {_bins(dataset.info)}.")
     for name, note in dataset.info.notes.items():
         if note:
             text = duplicates_in_words(note) if name == "duplicates" else note
@@ -218,6 +216,12 @@ def models() -> None:
     _say(f"Architectures with random weights: {', '.join(TRUNKS)}.")
 
 
+def _bins(info: DatasetInfo) -> str:
+    if info.bins > 1:
+        return f"{info.bins} bins of {info.bin_size} bp"
+    return f"one label per sequence of {info.window or 'any number of'} bp"
+
+
 def _print_plan(found: Plan) -> None:
     width = max((len(name) for name in found.facts), default=0)
     for name, fact in found.facts.items():
@@ -236,5 +240,6 @@ def _print_metrics(table: pd.DataFrame) -> None:
     for row in means[means["metric"] == leading].to_dict("records"):
         interval = f" ({row['low']:.3f} to {row['high']:.3f})" if row["low"] == row["low"] else ""
         note = f"  {row['note']}" if row["note"] else ""
-        score = f"{row['model']:<28} {row['metric']:>10} {row['value']:.3f}{interval}"
+        group = f"{row['group']:<10} " if means["group"].nunique() > 1 else ""
+        score = f"{group}{row['model']:<28} {row['metric']:>10} {row['value']:.3f}{interval}"
         _say(f"{score}  {row['unit']}, fold {row['fold']}{note}")

@@ -54,6 +54,8 @@ Array = npt.NDArray[Any]
 
 #: Baselines that suit coverage and labels; "random_trunk" only when asked, since it costs a pass of the whole trunk.
 COVERAGE_BASELINES = ("mean_track", "nearest_track", "mean_profile", "sequence_ridge")
+#: With fewer blocks than this, a bootstrap interval is a rough one, and says so.
+FEW_BLOCKS = 10
 LABEL_BASELINES = ("kmer", "majority")
 
 
@@ -408,7 +410,7 @@ def _original(
         estimate = bootstrap_interval(card.statistics, "pearson", blocks, draws=config.draws)
     else:
         estimate = paired_bootstrap(card.statistics, other.statistics, "pearson", blocks, draws=config.draws)
-    return _rows(model, fold, "squashed", replace(card, metric=metric), estimate, len(blocks), note)
+    return _rows(model, fold, "squashed", replace(card, metric=metric), estimate, blocks, note)
 
 
 # ---- tables ----
@@ -434,7 +436,7 @@ def _table(
         # rank metrics need all values for every draw: fewer draws, the same interval to two digits
         draws = config.draws if METRICS[card.metric].statistic != "values" else min(config.draws, 200)
         if METRICS[card.metric].statistic == "values" and unit != "label":
-            parts.append(_rows(model, fold, unit, card, _without_interval(card), len(blocks)))
+            parts.append(_rows(model, fold, unit, card, _without_interval(card), blocks))
         else:
             parts.append(
                 _rows(
@@ -443,7 +445,7 @@ def _table(
                     unit,
                     card,
                     bootstrap_interval(card.statistics, card.metric, blocks, draws=draws),
-                    len(blocks),
+                    blocks,
                 )
             )
     return pd.concat(parts, ignore_index=True)
@@ -457,9 +459,11 @@ def _without_interval(card: Card) -> Estimate:
     return Estimate(values, nothing, nothing, mean, float("nan"), float("nan"), int((~defined).sum()))
 
 
-def _rows(model: str, fold: str, unit: str, card: Card, estimate: Estimate, n: int, note: str = "") -> pd.DataFrame:
+def _rows(
+    model: str, fold: str, unit: str, card: Card, estimate: Estimate, blocks: Array, note: str = ""
+) -> pd.DataFrame:
     """A row per unit, then their mean with track ""; undefined values say why."""
-    shared = {"model": model, "fold": fold, "group": card.group, "metric": card.metric, "n": n, "unit": unit}
+    shared = {"model": model, "fold": fold, "group": card.group, "metric": card.metric, "n": len(blocks), "unit": unit}
     scores = card.scores() if card.metric in METRICS else [None] * len(card.units)
     rows = [
         {
@@ -475,6 +479,9 @@ def _rows(model: str, fold: str, unit: str, card: Card, estimate: Estimate, n: i
         )
     ]
     skipped = f"{estimate.undefined} of {len(card.units)} tracks undefined and left out" if estimate.undefined else ""
+    drawn = len(np.unique(blocks))
+    if drawn < FEW_BLOCKS and np.isfinite(estimate.mean_low):
+        skipped = "; ".join(filter(None, [skipped, f"rough interval, from {drawn} blocks of regions"]))
     rows.append(
         {
             **shared,
@@ -623,13 +630,24 @@ def _genes(
         )
         parts = [gene_scores(observed, predicted, signals, settings, draws=config.draws)]
         for number, (condition, reference) in enumerate(genes.contrasts):
-            high = expressed(observed, signals, (condition, reference), settings)
-            truth = (
-                read_fold_changes(genes.truth)
-                if genes.truth and number == 0
-                else fold_change(observed, signals, condition, reference, settings)[high]
-            )
-            change = fold_change(predicted, signals, condition, reference, settings)
-            parts.append(fold_change_scores(truth, change, name=f"{condition}/{reference}", draws=config.draws))
+            for group, some in _contrasted(signals, condition, reference):
+                high = expressed(observed, some, (condition, reference), settings)
+                truth = (
+                    read_fold_changes(genes.truth)
+                    if genes.truth and number == 0
+                    else fold_change(observed, some, condition, reference, settings)[high]
+                )
+                change = fold_change(predicted, some, condition, reference, settings)
+                title = f"{condition}/{reference}{group}"
+                parts.append(fold_change_scores(truth, change, name=title, draws=config.draws))
         tables.append(pd.concat(parts, ignore_index=True).assign(model=name, fold=fold))
     return pd.concat(tables, ignore_index=True)
+
+
+def _contrasted(signals: pd.DataFrame, condition: str, reference: str) -> list[tuple[str, pd.DataFrame]]:
+    """The signals of each group that has both conditions; all of them where each condition is a group of its own."""
+    groups = signals.groupby("group", sort=False)["condition"].agg(set)
+    both = [group for group, found in groups.items() if {condition, reference} <= found]
+    if not both:
+        return [("", signals)]
+    return [(f" ({group})" if len(both) > 1 else "", signals[signals["group"] == group]) for group in both]

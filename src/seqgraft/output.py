@@ -28,7 +28,7 @@ from seqgraft.data.dataset import Dataset, new_folder
 from seqgraft.errors import ConfigError, Problems, RunError
 from seqgraft.tracks import TrackTable, unsquash
 
-__all__ = ["Batches", "check_output", "write_embeddings", "write_predictions"]
+__all__ = ["Batches", "check_embeddings", "check_output", "write_embeddings", "write_predictions"]
 
 #: What ``predict_batches`` yields: row numbers, and values ``(rows, tracks, bins)`` on the model's scale.
 Batches = Iterable[tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]]
@@ -94,13 +94,8 @@ def write_predictions(out: Path, dataset: Dataset, batches: Batches, tracks: Tra
     return _write_bigwigs(out, dataset, raw, tracks)
 
 
-def write_embeddings(out: Path, dataset: Dataset, rows: npt.NDArray[np.int64], values: npt.NDArray[np.float32]) -> Path:
-    """Writes trunk features ``(rows, channels)`` beside their regions: ``.parquet`` (columns e0, e1, ...) or ``.npz``.
-
-    Raises:
-        ConfigError: another suffix.
-        RunError: the output exists already or cannot be written.
-    """
+def check_embeddings(out: Path) -> None:
+    """Finds what would stop :func:`write_embeddings`, before anything is computed; errors as there."""
     out = Path(out)
     if out.suffix not in (".parquet", ".npz"):
         raise ConfigError(
@@ -109,6 +104,17 @@ def write_embeddings(out: Path, dataset: Dataset, rows: npt.NDArray[np.int64], v
     problems = Problems(RunError)
     _check_place(out, problems)
     problems.raise_if_any()
+
+
+def write_embeddings(out: Path, dataset: Dataset, rows: npt.NDArray[np.int64], values: npt.NDArray[np.float32]) -> Path:
+    """Writes trunk features ``(rows, channels)`` beside their regions: ``.parquet`` (columns e0, e1, ...) or ``.npz``.
+
+    Raises:
+        ConfigError: another suffix.
+        RunError: the output exists already or cannot be written.
+    """
+    out = Path(out)
+    check_embeddings(out)
     table = _regions(dataset, rows)
     with _published(out) as part:
         if out.suffix == ".parquet":

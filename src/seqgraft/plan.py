@@ -165,8 +165,8 @@ def _describe(experiment: Experiment, dataset: Dataset, model: SequenceModel, co
         "data": f"{len(dataset)} regions ({', '.join(f'{fold} {count}' for fold, count in folds.items())}), "
         f"{len(dataset.tracks)} tracks, "
         f"window {info.window or 'variable'} bp, {info.bins} bins of {info.bin_size} bp",
-        "model": f"{experiment.model.name} ({experiment.model.init}), "
-        f"{sum(p.numel() for p in model.trunk.parameters()):,} parameters"
+        "model": f"{experiment.model.name} ({'random' if model.trunk.spec.weights is None else 'pretrained'} weights), "
+        f"{sum(p.numel() for p in model.trunk.parameters()) - counts.adapter:,} parameters"
         + (f", licence {model.trunk.spec.licence}" if model.trunk.spec.licence else ""),
         "trains": f"{counts.trainable:,} of {counts.total:,} numbers ({trainable:.2%}): "
         f"adapter {counts.adapter:,}, head {counts.head:,}, trunk {counts.trunk:,}",

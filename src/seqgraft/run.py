@@ -38,7 +38,7 @@ from seqgraft.experiment import Experiment, parse_source, read_experiment, read_
 from seqgraft.models.base import Head, SequenceModel
 from seqgraft.models.weights import build_model, find_model, save_model
 from seqgraft.objectives import Elementwise
-from seqgraft.output import check_output, write_embeddings, write_predictions
+from seqgraft.output import check_embeddings, check_output, write_embeddings, write_predictions
 from seqgraft.predict import embed, predict_batches
 from seqgraft.regions import regions_for_prediction
 from seqgraft.scoring import default_metric
@@ -123,7 +123,7 @@ def fit_run(experiment: Experiment, folder: Path, *, resume: bool = False) -> Fi
     """
     folder = Path(folder)
     main = not _other_process()
-    if (folder / "experiment.yaml").exists() and not resume:
+    if main and not resume and (folder / "experiment.yaml").exists():
         raise RunError(
             "the run directory holds a run already",
             str(folder),
@@ -230,6 +230,7 @@ def predict_run(folder: Path, source: Path, out: Path) -> list[Path]:
 
 def embed_run(folder: Path, source: Path, out: Path) -> Path:
     """Writes the trunk's features, averaged over each region or sequence, as Parquet."""
+    check_embeddings(out)
     run = open_run(folder)
     dataset = _inputs(run, source)
     config = run.experiment.evaluate
@@ -341,7 +342,7 @@ def _environment(experiment: Experiment, dataset: Dataset, model: SequenceModel,
             "licence": model.trunk.spec.licence,
             "citation": model.trunk.spec.citation,
             "weights": model.trunk.spec.weights,
-            "parameters": sum(p.numel() for p in model.trunk.parameters()),
+            "parameters": sum(p.numel() for p in model.trunk.parameters()) - counts.adapter,
         },
         "counts": asdict(counts),
     }

@@ -35,7 +35,7 @@ class Augmentation:
     """
 
     reverse_complement: bool = True
-    shift: int = 3
+    shift: int = 0
 
     def __post_init__(self) -> None:
         if self.shift < 0:

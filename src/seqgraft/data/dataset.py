@@ -30,6 +30,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
+from safetensors import SafetensorError
 
 from seqgraft.data.augment import FORWARD, View
 from seqgraft.errors import ConfigError, DataError, Problems, RunError
@@ -257,9 +258,9 @@ def new_folder(folder: Path, *, replace_existing: bool = False) -> Iterator[Path
             shutil.rmtree(retired)
         else:
             building.rename(folder)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise RunError(
-            f"the output could not be written ({error.strerror})",
+            f"the output could not be written ({getattr(error, 'strerror', None) or error})",
             str(folder),
             remedy="Free some disk space or check permissions; nothing was left behind",
         ) from error
@@ -329,8 +330,11 @@ class DatasetWriter:
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Writes readable JSON by rename."""
     building = path.with_name(f".{path.name}.part")
-    building.write_text(json.dumps(content, indent=2, default=str) + "\n")
-    os.replace(building, path)
+    try:
+        building.write_text(json.dumps(content, indent=2, default=str) + "\n")
+        os.replace(building, path)
+    finally:
+        building.unlink(missing_ok=True)
 
 
 def open_dataset(folder: Path | str) -> Dataset:

@@ -50,7 +50,8 @@ def write_comparison(runs: Sequence[Path], out: Path) -> Path:
         ConfigError: no runs, or a folder that is none.
         RunError: the page cannot be written.
     """
-    if strangers := [str(run) for run in runs if not is_run(Path(run))] or not runs:
+    strangers = [str(run) for run in runs if not is_run(Path(run))]
+    if strangers or not runs:
         raise ConfigError("these are not run directories", strangers, remedy="Give folders that 'seqgraft fit' wrote")
     return _write(comparison_page([read_run(Path(run)) for run in runs]), Path(out))
 

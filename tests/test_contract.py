@@ -1,0 +1,267 @@
+"""The contract: every trunk x adapter x source goes the whole way, from raw files to an evaluated, reloaded run.
+
+Registering something is testing it: an entry of TRUNKS, ADAPTERS or SOURCES without settings here fails.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+import yaml
+
+from seqgraft import run as runs
+from seqgraft.adapters import ADAPTERS
+from seqgraft.bigwig import runs as runs_of
+from seqgraft.bigwig import write_bigwig
+from seqgraft.data import SOURCES, open_dataset
+from seqgraft.experiment import parse_experiment, read_experiment
+from seqgraft.models.base import SequenceModel
+from seqgraft.models.weights import TRUNKS
+from seqgraft.plan import plan_run
+from seqgraft.predict import predict
+from seqgraft.sequence import decode
+
+Settings = Mapping[str, Any]
+
+#: A size at which each trunk trains in a second, and the bins that it can give.
+TRUNK_SETTINGS: dict[str, Settings] = {"convnet": {"channels": 16, "depth": 2, "blocks": 1}}
+
+ADAPTER_SETTINGS: dict[str, dict[str, Settings]] = {
+    "linear_probe": {"linear probe": {}},
+    "full": {"full": {}, "full, statistics": {"statistics": "batch"}},
+    "lora": {
+        "LoRA": {"rank": 2},
+        "LoRA conv": {"rank": 2, "where": ["attention", "conv"]},
+        "LoCon": {"rank": 2, "where": ["conv"], "last": 2},
+        "DoRA": {"rank": 2, "dora": True},
+        "QLoRA": {"rank": 2, "quantize": "nf4"},
+    },
+    "ia3": {"IA3": {}, "IA3 conv": {"where": ["attention", "conv"]}},
+    "houlsby": {"Houlsby": {"bottleneck": 2}, "Houlsby + SE": {"bottleneck": 2, "squeeze_excite": 8}},
+    "peft": {"LoHa": {"type": "loha", "settings": {"r": 2, "alpha": 2}}},
+}
+
+#: Source kind -> datasets made by it.
+SOURCE_CASES: dict[str, tuple[str, ...]] = {
+    "coverage": ("coverage",),
+    "labelled": ("binary", "multiclass", "regression"),
+    "peaks": ("peaks",),
+}
+
+CHROMS = {"chr1": 4000, "chr2": 1600, "chr3": 1600}
+FOLDS = {"by": "chromosome", "valid": ["chr2"], "test": ["chr3"]}
+
+
+# What has no settings makes no case here, and `test_registering_is_testing` fail.
+CASES = [
+    pytest.param(trunk, kind, label, source, id=f"{trunk}-{label}-{source}")
+    for trunk in TRUNK_SETTINGS
+    if trunk in TRUNKS
+    for kind in ADAPTER_SETTINGS
+    if kind in ADAPTERS
+    for label in ADAPTER_SETTINGS[kind]
+    for source in itertools.chain.from_iterable(SOURCE_CASES[entry] for entry in SOURCE_CASES if entry in SOURCES)
+]
+
+
+def test_registering_is_testing() -> None:
+    for registry, settings in ((TRUNKS, TRUNK_SETTINGS), (ADAPTERS, ADAPTER_SETTINGS), (SOURCES, SOURCE_CASES)):
+        missing = sorted(set(registry) - {name for name, cases in settings.items() if cases is not None})
+        stale = sorted(set(settings) - set(registry))
+        assert not missing, f"Give {missing} settings in {Path(__file__).name}: whatever is registered is tested."
+        assert not stale, f"{stale} are not registered."
+    assert all(ADAPTER_SETTINGS.values())
+    assert all(SOURCE_CASES.values())
+
+
+# Raw files
+
+
+def _coverage(folder: Path) -> Settings:
+    rng = np.random.default_rng(1)
+    for name in ("rna+", "rna-", "atac"):
+        signal = {chrom: np.repeat(rng.poisson(2.0, size // 16), 16).astype(float) for chrom, size in CHROMS.items()}
+        values = itertools.chain.from_iterable(runs_of(chrom, dense) for chrom, dense in signal.items())
+        write_bigwig(folder / f"{name}.bw", CHROMS, values)
+    squashes = {"group": "rna", "squash": "sqrt", "scale": 0.1}
+    tracks = [{"name": name, "file": str(folder / f"{name}.bw"), **squashes} for name in ("rna+", "rna-")]
+    atac = {"name": "atac", "file": str(folder / "atac.bw"), "group": "atac", "statistic": "mean"}
+    return {
+        "kind": "coverage",
+        "fasta": str(_genome(folder)),
+        "tracks": [*tracks, atac],
+        "window": 256,
+        "target_length": 192,
+        "bin_size": 16,
+        "folds": FOLDS,
+    }
+
+
+def _genome(folder: Path) -> Path:
+    rng = np.random.default_rng(0)
+    contigs = {chrom: decode(rng.integers(0, 4, size).astype(np.uint8)) for chrom, size in CHROMS.items()}
+    (folder / "genome.fa").write_text("".join(f">{chrom}\n{letters}\n" for chrom, letters in contigs.items()))
+    return folder / "genome.fa"
+
+
+def _labelled(folder: Path, label: Callable[[float], object]) -> Settings:
+    rng = np.random.default_rng(2)
+    rows = []
+    for number in range(40):
+        length = int(rng.integers(60, 100))
+        codes = rng.choice(4, length, p=rng.dirichlet([3, 3, 3, 3])).astype(np.uint8)
+        fold = ("train", "train", "valid", "test")[number % 4]
+        rows.append({"sequence": decode(codes), "label": label(float(np.isin(codes, (1, 2)).mean())), "fold": fold})
+    rows[0]["label"] = None  # a missing label is masked
+    pd.DataFrame(rows).to_csv(folder / "labels.csv", index=False)
+    return {"kind": "labelled", "files": [{"path": str(folder / "labels.csv")}], "folds": {"by": "column"}}
+
+
+def _peaks(folder: Path) -> Settings:
+    rng = np.random.default_rng(3)
+    peaks = [
+        f"{chrom}\t{start}\t{start + 40}\n"
+        for chrom, size in CHROMS.items()
+        for start in rng.choice(np.arange(200, size - 200, 200), 5, replace=False)
+    ]
+    (folder / "peaks.bed").write_text("".join(peaks))
+    return {
+        "kind": "peaks",
+        "peaks": str(folder / "peaks.bed"),
+        "genome": str(_genome(folder)),
+        "window": 64,
+        "folds": FOLDS,
+        "max_skipped": 0.2,
+    }
+
+
+WRITERS: dict[str, Callable[[Path], Settings]] = {
+    "coverage": _coverage,
+    "binary": lambda folder: _labelled(folder, lambda share: int(share > 0.5)),
+    "multiclass": lambda folder: _labelled(folder, lambda share: "abc"[(share > 0.45) + (share > 0.55)]),
+    "regression": lambda folder: _labelled(folder, lambda share: round(8 * share + 0.01, 3)),
+    "peaks": _peaks,
+}
+
+
+@pytest.fixture(scope="session")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The prepared dataset of a case, made once by ``prepare`` from raw files."""
+    root = tmp_path_factory.mktemp("contract")
+    made: dict[str, Path] = {}
+
+    def folder_of(case: str) -> Path:
+        if case not in made:
+            raw = root / case
+            raw.mkdir()
+            (raw / "data.yaml").write_text(yaml.safe_dump(dict(WRITERS[case](raw))))
+            runs.prepare(raw / "data.yaml", raw / "prepared")
+            made[case] = raw / "prepared"
+        return made[case]
+
+    return folder_of
+
+
+@pytest.mark.parametrize("case", [case for cases in SOURCE_CASES.values() for case in cases])
+def test_sources(case: str, prepared: Callable[[str], Path]) -> None:
+    dataset = open_dataset(prepared(case))
+    assert {"train", "valid", "test"} <= set(dataset.regions["fold"])
+    assert set(dataset.tracks.frame["link"]) == {
+        "coverage": {"softplus"},
+        "binary": {"sigmoid"},
+        "peaks": {"sigmoid"},
+        "multiclass": {"softmax"},
+        "regression": {"identity"},
+    }.get(case, set(dataset.tracks.frame["link"]))
+
+
+@pytest.mark.parametrize(("trunk", "kind", "label", "case"), CASES)
+def test_the_whole_way(
+    trunk: str,
+    kind: str,
+    label: str,
+    case: str,
+    prepared: Callable[[str], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    settings = ADAPTER_SETTINGS[kind][label]
+    if settings.get("quantize") and importlib.util.find_spec("bitsandbytes") is None:
+        pytest.skip("bitsandbytes is not installed")
+    experiment = parse_experiment(
+        {
+            "data": str(prepared(case)),
+            "model": {"name": trunk, "settings": TRUNK_SETTINGS[trunk]},
+            "adapter": {"kind": kind, **settings},
+            "train": {"epochs": 2, "batch_size": 4, "lr": 0.003},
+            "evaluate": {"draws": 20, "block": 400},
+        }
+    )
+    folder = tmp_path / "run"
+
+    plan = plan_run(experiment, folder)
+    assert plan.would_start, plan.problems
+    assert not folder.exists()
+
+    live: list[SequenceModel] = []
+    fit = runs.fit
+
+    def watched(model: SequenceModel, *args: Any, **kwargs: Any) -> Any:
+        live.append(model)
+        return fit(model, *args, **kwargs)
+
+    monkeypatch.setattr(runs, "fit", watched)
+    result = runs.fit_run(experiment, folder)
+    assert result.epochs == 2
+    assert np.isfinite(result.best_score)
+    assert read_experiment(folder / "experiment.yaml") == experiment
+    assert {path.name for path in folder.iterdir()} == {
+        *("adapter", "checkpoints", "environment.json", "experiment.yaml", "log.csv")
+    }
+
+    opened = runs.open_run(folder)
+    rows = np.arange(len(opened.dataset))
+    expected, found = (predict(model, opened.dataset, rows) for model in (live[0], opened.model))
+    assert np.abs(found - expected).max() == 0.0
+    assert found.shape == (len(rows), len(opened.dataset.tracks), opened.dataset.info.bins)
+    untrained, _ = runs.build_run(experiment)
+    assert not np.array_equal(predict(untrained, opened.dataset, rows), found)
+    assert not any(torch.equal(a, b) for a, b in _trained(opened.model, untrained)), "a tensor did not train"
+
+    _check_table(runs.evaluate_run(folder).metrics, runs.label_of(experiment), case)
+    assert (folder / "evaluation" / "metrics.parquet").exists()
+
+
+def _trained(model: SequenceModel, untrained: SequenceModel) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """The parameters that train, where the untrained model has them too, and are not scalars or all zeros."""
+    before = dict(untrained.named_parameters())
+    return [
+        (p.detach(), before[name].detach())
+        for name, p in model.named_parameters()
+        if p.requires_grad and name in before
+    ]
+
+
+def _check_table(table: pd.DataFrame, label: str, case: str) -> None:
+    coverage = case == "coverage"
+    baselines = {"mean profile", "3-mer ridge"} if coverage else {"k-mer regression", "majority"}
+    assert set(table["model"]) == {label, *baselines}
+    assert set(table["unit"]) == ({"squashed", "raw"} if coverage else {"label"})
+    assert set(table["fold"]) == {"test"}
+    undefined = ~np.isfinite(table["value"])
+    assert (table.loc[undefined, "note"] != "").all(), table[undefined]  # says why
+    run = table[(table["model"] == label) & (table["track"] == "")]
+    assert np.isfinite(run["value"]).all(), run
+    bounds = table[["low", "high"]].dropna()
+    assert len(bounds)
+    assert (bounds["low"] <= bounds["high"]).all()
+    assert (table["n"] > 0).all()
+    assert not table.duplicated(["model", "fold", "group", "track", "metric", "unit"]).any()
