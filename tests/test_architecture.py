@@ -40,6 +40,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("predict", "objectives"),
     # 5
     ("train", "baselines", "genes", "output"),
+    ("controls",),
     # 6
     ("evaluate",),
     # 7

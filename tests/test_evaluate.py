@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -197,7 +198,9 @@ def test_a_constant_track_gives_a_reason_and_leaves_the_mean(tmp_path: Path, pre
     fine = [cell(found.metrics, track=name, **where)["value"] for name in ("a", "c")]
     assert mean["value"] == pytest.approx(np.mean(fine))
     assert mean["low"] <= mean["value"] <= mean["high"]
-    assert mean["note"] == "1 of 3 tracks undefined and left out"
+    left_out, rough = mean["note"].split("; ")
+    assert left_out == "1 of 3 tracks undefined and left out"
+    assert re.fullmatch(r"rough interval, from \d blocks of regions", rough)
     difference = cell(found.differences, baseline="mean profile", track="")
     assert np.isfinite(difference["value"])
 

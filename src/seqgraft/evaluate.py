@@ -15,17 +15,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
-import torch
 
-from seqgraft.baselines import (
-    Examples,
-    kmer_regression,
-    majority,
-    mean_profile,
-    mean_track,
-    nearest_track,
-    sequence_ridge,
-)
+from seqgraft.controls import COVERAGE_BASELINES, LABEL_BASELINES, RANDOM_TRUNK, baseline_predictions
 from seqgraft.data.augment import Augmentation
 from seqgraft.data.dataset import Dataset, new_folder, open_dataset
 from seqgraft.errors import ConfigError
@@ -43,8 +34,8 @@ from seqgraft.genes import (
 from seqgraft.genome import match_chroms, read_gtf
 from seqgraft.metrics import METRICS, Estimate, Moments, bootstrap_interval, paired_bootstrap, segment_blocks
 from seqgraft.models.base import SequenceModel
-from seqgraft.models.weights import ModelConfig, build_model, build_pretrained
-from seqgraft.predict import FORWARD_ONLY, features, predict
+from seqgraft.models.weights import ModelConfig, build_pretrained
+from seqgraft.predict import FORWARD_ONLY, predict
 from seqgraft.scoring import METRICS_OF_LINK, Card, Scorecard
 from seqgraft.tracks import TrackTable, unsquash
 
@@ -52,11 +43,8 @@ __all__ = ["EvaluateConfig", "Evaluation", "GenesConfig", "compare_runs", "evalu
 
 Array = npt.NDArray[Any]
 
-#: Baselines that suit coverage and labels; "random_trunk" only when asked, since it costs a pass of the whole trunk.
-COVERAGE_BASELINES = ("mean_track", "nearest_track", "mean_profile", "sequence_ridge")
 #: With fewer blocks than this, a bootstrap interval is a rough one, and says so.
 FEW_BLOCKS = 10
-LABEL_BASELINES = ("kmer", "majority")
 
 
 @dataclass(frozen=True)
@@ -101,7 +89,7 @@ class EvaluateConfig:
     batch_size: int = 16
 
     def __post_init__(self) -> None:
-        known = (*COVERAGE_BASELINES, *LABEL_BASELINES, "random_trunk")
+        known = (*COVERAGE_BASELINES, *LABEL_BASELINES, RANDOM_TRUNK)
         unknown = [name for name in self.baselines or () if name not in known]
         if unknown:
             raise ConfigError(
@@ -173,7 +161,9 @@ def evaluate_model(
     own = predict(model, dataset, rows, ensemble=config.ensemble, batch_size=config.batch_size, what=f"predict {fold}")[
         :, : len(tracks)
     ]
-    predictions: dict[str, Array] = {label: own, **_baselines(model, dataset, config, start, rows), **(extra or {})}
+    device = next(model.parameters()).device
+    baselines = baseline_predictions(dataset, rows, start, config.baselines, config.ensemble, config.batch_size, device)
+    predictions: dict[str, Array] = {label: own, **baselines, **(extra or {})}
     regions = dataset.regions.iloc[rows]
     blocks = segment_blocks(
         regions["chrom"].tolist(), regions["start"].to_numpy(), regions["end"].to_numpy(), config.block
@@ -205,114 +195,7 @@ def evaluate_model(
     )
 
 
-# ---- baselines ----
-
-
-def _baselines(
-    model: SequenceModel, dataset: Dataset, config: EvaluateConfig, start: ModelConfig, rows: npt.NDArray[np.int64]
-) -> dict[str, Array]:
-    device = next(model.parameters()).device
-    labels = dataset.info.bins == 1
-    suited = LABEL_BASELINES if labels else COVERAGE_BASELINES
-    wanted = suited if config.baselines is None else config.baselines
-    wrong = [name for name in wanted if name not in (*suited, "random_trunk")]
-    if wrong:
-        raise ConfigError(
-            "the baseline does not suit this kind of data",
-            wrong,
-            where="evaluate.baselines",
-            remedy=f"Choose from {', '.join((*suited, 'random_trunk'))}",
-        )
-    found = (
-        _label_baselines(dataset, wanted, rows)
-        if labels
-        else _coverage_baselines(dataset, config, start, wanted, rows, device)
-    )
-    if "random_trunk" in wanted:
-        found["random trunk"] = _random_trunk(dataset, config, start, rows, device)
-    return found
-
-
-def _random_trunk(
-    dataset: Dataset, config: EvaluateConfig, start: ModelConfig, rows: npt.NDArray[np.int64], device: torch.device
-) -> Array:
-    """Ridge regression on the features of the trunk with random weights: what the architecture gives for nothing."""
-    torch.manual_seed(0)
-    covariates = 0 if dataset.covariates is None else dataset.covariates.shape[1]
-    control = build_model(replace(start, init="random", head="new"), dataset.tracks, dataset.info, covariates).to(
-        device
-    )
-    channels, tracks = control.trunk.spec.channels, len(dataset.tracks)
-    gram, moment = np.zeros((channels + 1, channels + 1)), np.zeros((channels + 1, tracks))
-    train = dataset.rows("train")
-    for chosen, values in features(control, dataset, train[:: max(1, len(train) // 512)], batch_size=config.batch_size):
-        x = _with_constant(values)
-        targets = np.moveaxis(dataset.squashed_targets(chosen), 1, 2).astype(np.float64)
-        known = np.isfinite(targets).all(-1)
-        gram += x[known].T @ x[known]
-        moment += x[known].T @ targets[known]
-    penalty = 1e-3 * np.diag(gram).mean() * np.eye(channels + 1)
-    weights = np.linalg.solve(gram + penalty, moment)
-    parts = [
-        _with_constant(values) @ weights for _, values in features(control, dataset, rows, batch_size=config.batch_size)
-    ]
-    return np.moveaxis(np.concatenate(parts), 1, 2).astype(np.float32)
-
-
-def _with_constant(values: Array) -> Array:
-    """Features ``(rows, channels, bins)`` as ``(rows, bins, channels + 1)``, the last one 1."""
-    turned = np.moveaxis(values, 1, 2).astype(np.float64)
-    return np.concatenate([turned, np.ones((*turned.shape[:2], 1))], axis=-1)
-
-
-def _examples_of(dataset: Dataset, rows: npt.NDArray[np.int64]) -> Examples:
-    codes, _ = dataset.sequences(rows)
-    covariates = None if dataset.covariates is None else dataset.covariates.iloc[rows].to_numpy()
-    return Examples(codes, dataset.squashed_targets(rows), covariates)
-
-
-def _label_baselines(dataset: Dataset, wanted: Sequence[str], rows: npt.NDArray[np.int64]) -> dict[str, Array]:
-    train, valid, test = (_examples_of(dataset, r) for r in (dataset.rows("train"), dataset.rows("valid"), rows))
-    found: dict[str, Array] = {}
-    if "kmer" in wanted:
-        found["k-mer regression"] = kmer_regression(train, valid, test, dataset.tracks)
-    if "majority" in wanted:
-        found["majority"] = majority(train, len(rows))
-    return found
-
-
-def _coverage_baselines(
-    dataset: Dataset,
-    config: EvaluateConfig,
-    start: ModelConfig,
-    wanted: Sequence[str],
-    rows: npt.NDArray[np.int64],
-    device: torch.device,
-) -> dict[str, Array]:
-    found: dict[str, Array] = {}
-    train = dataset.rows("train")
-    some = train[:: max(1, len(train) // 512)]
-    targets = dataset.squashed_targets(some)
-    reference = build_pretrained(start, dataset.info)
-    if reference is not None and {"mean_track", "nearest_track"} & set(wanted):
-        reference.to(device)
-        before, after = (
-            predict(
-                reference, dataset, r, ensemble=config.ensemble, batch_size=config.batch_size, what="pretrained tracks"
-            )
-            for r in (some, rows)
-        )
-        if "mean_track" in wanted:
-            found["mean track"] = mean_track(targets, before, after)
-        if "nearest_track" in wanted:
-            found["nearest pretrained track"] = nearest_track(targets, before, after).predictions
-    if "mean_profile" in wanted:
-        found["mean profile"] = mean_profile(targets, len(rows))
-    if "sequence_ridge" in wanted:
-        fitted, checked, here = (_examples_of(dataset, r) for r in (some, dataset.rows("valid")[:256], rows))
-        margin = (dataset.info.window - dataset.info.bins * dataset.info.bin_size) // 2
-        found["3-mer ridge"] = sequence_ridge(fitted, checked, here, dataset.info.bin_size, margin)
-    return {name: np.asarray(values, np.float32) for name, values in found.items()}
+# ---- forgetting ----
 
 
 def _forgetting(

@@ -82,7 +82,7 @@ class TrainConfig:
     metric: str | None = None
     precision: Precision = "float32"
     checkpointing: bool = False
-    augment: Augmentation = Augmentation(shift=3)
+    augment: Augmentation = field(default_factory=lambda: Augmentation(shift=3))
     seed: int = 1
     save_minutes: float = 5.0
     tracker: str | None = None
