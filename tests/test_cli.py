@@ -135,7 +135,7 @@ def test_coverage_from_raw_files_to_an_exported_model(raw: Path, tmp_path: Path,
     )
     shown = done(seqgraft("prepare", source, data, "--set", "stride=96"))
     assert "train 40" in shown
-    assert "2 tracks, 12 bins of 16 bp" in shown
+    assert "2 tracks, windows of 256 bp, 12 bins of 16 bp" in shown
 
     model = tiny_pretrained(tmp_path / "model", tracks=("old+", "old-"), trained_on=open_dataset(data))
     experiment = write(

@@ -10,7 +10,6 @@ import typer
 if TYPE_CHECKING:
     import pandas as pd
 
-    from seqgraft.data.dataset import DatasetInfo
     from seqgraft.plan import Plan
 
 # Nothing heavy may be imported at the top of this file: `seqgraft --help` must not load torch.
@@ -73,7 +72,7 @@ def prepare(
 
     dataset = run(source, folder, tuple(settings or ()))
     folds = ", ".join(f"{fold} {count}" for fold, count in dataset.regions["fold"].value_counts().items())
-    _say(f"{folder}: {len(dataset)} regions ({folds}), {len(dataset.tracks)} tracks, {_bins(dataset.info)}.")
+    _say(f"{folder}: {len(dataset)} regions ({folds}), {len(dataset.tracks)} tracks, {dataset.info.in_words}.")
     for name, note in dataset.info.notes.items():
         if note:
             text = duplicates_in_words(note) if name == "duplicates" else note
@@ -214,12 +213,6 @@ def models() -> None:
             f"on {len(content['tracks'])} tracks, licence {content.get('licence') or 'not stated'}"
         )
     _say(f"Architectures with random weights: {', '.join(TRUNKS)}.")
-
-
-def _bins(info: DatasetInfo) -> str:
-    if info.bins > 1:
-        return f"{info.bins} bins of {info.bin_size} bp"
-    return f"one label per sequence of {info.window or 'any number of'} bp"
 
 
 def _print_plan(found: Plan) -> None:

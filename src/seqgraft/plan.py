@@ -163,8 +163,7 @@ def _describe(experiment: Experiment, dataset: Dataset, model: SequenceModel, co
     return {
         "run": label_of(experiment),
         "data": f"{len(dataset)} regions ({', '.join(f'{fold} {count}' for fold, count in folds.items())}), "
-        f"{len(dataset.tracks)} tracks, "
-        f"window {info.window or 'variable'} bp, {info.bins} bins of {info.bin_size} bp",
+        f"{len(dataset.tracks)} tracks, {info.in_words}",
         "model": f"{experiment.model.name} ({'random' if model.trunk.spec.weights is None else 'pretrained'} weights), "
         f"{sum(p.numel() for p in model.trunk.parameters()) - counts.adapter:,} parameters"
         + (f", licence {model.trunk.spec.licence}" if model.trunk.spec.licence else ""),

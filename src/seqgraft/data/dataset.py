@@ -78,6 +78,14 @@ class DatasetInfo:
     settings: Mapping[str, Any] = field(default_factory=dict)
     notes: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def in_words(self) -> str:
+        """What an example looks like."""
+        window = f"{self.window} bp" if self.window else "any length"
+        if self.bins == 1:
+            return f"one label per sequence of {window}"
+        return f"windows of {window}, {self.bins} bins of {self.bin_size} bp"
+
 
 @dataclass(frozen=True)
 class Dataset:
