@@ -228,11 +228,15 @@ def _print_plan(found: Plan) -> None:
 
 
 def _print_metrics(table: pd.DataFrame) -> None:
+    """The mean over tracks of the leading metrics; what became of the trunk's own tracks comes last."""
     means = table[table["track"] == ""]
-    leading = means.groupby(["group", "unit"], sort=False)["metric"].transform("first")
-    for row in means[means["metric"] == leading].to_dict("records"):
-        interval = f" ({row['low']:.3f} to {row['high']:.3f})" if row["low"] == row["low"] else ""
-        note = f"  {row['note']}" if row["note"] else ""
-        group = f"{row['group']:<10} " if means["group"].nunique() > 1 else ""
-        score = f"{group}{row['model']:<28} {row['metric']:>10} {row['value']:.3f}{interval}"
-        _say(f"{score}  {row['unit']}, fold {row['fold']}{note}")
+    original = means["note"].str.contains("original tracks", regex=False)
+    own = means[~original]
+    leading = own.groupby(["group", "unit"], sort=False)["metric"].transform("first")
+    for part in (own[own["metric"] == leading], means[original]):
+        for row in part.to_dict("records"):
+            interval = f" ({row['low']:.3f} to {row['high']:.3f})" if row["low"] == row["low"] else ""
+            note = f"  {row['note']}" if row["note"] else ""
+            group = f"{row['group']:<10} " if part["group"].nunique() > 1 else ""
+            score = f"{group}{row['model']:<28} {row['metric']:>10} {row['value']:.3f}{interval}"
+            _say(f"{score}  {row['unit']}, fold {row['fold']}{note}")
