@@ -25,7 +25,20 @@ from seqgraft.run import open_run
 from seqgraft.sequence import decode
 from seqgraft.tracks import read_bins
 
-COMMANDS = ("demo", "simulate", "prepare", "plan", "fit", "evaluate", "predict", "embed", "report", "export", "models")
+COMMANDS = (
+    "demo",
+    "simulate",
+    "prepare",
+    "retrack",
+    "plan",
+    "fit",
+    "evaluate",
+    "predict",
+    "embed",
+    "report",
+    "export",
+    "models",
+)
 CHROMS = {"chr1": 4000, "chr2": 1600, "chr3": 1600}
 
 #: Runs a command line: its exit code, what it said and its complaints.
@@ -136,6 +149,11 @@ def test_coverage_from_raw_files_to_an_exported_model(raw: Path, tmp_path: Path,
     shown = done(seqgraft("prepare", source, data, "--set", "stride=96"))
     assert "train 40" in shown
     assert "2 tracks, windows of 256 bp, 12 bins of 16 bp" in shown
+    other = pd.read_csv(raw / "tracks.csv").assign(scale=0.5)
+    other.to_csv(tmp_path / "other.csv", index=False)
+    assert "2 tracks have the settings" in done(seqgraft("retrack", data, tmp_path / "other.csv"))
+    assert open_dataset(data).tracks.frame["scale"].tolist() == [0.5, 0.5]
+    done(seqgraft("retrack", data, raw / "tracks.csv"))
 
     model = tiny_pretrained(tmp_path / "model", tracks=("old+", "old-"), trained_on=open_dataset(data))
     experiment = write(

@@ -90,11 +90,11 @@ def test_columns_units_and_baselines(coverage: Dataset, pretrained: Path) -> Non
     assert table["model"].drop_duplicates().tolist() == ["run", *baselines]
     scored = table[table["metric"] != "agreement"]
     assert {(unit, metric) for unit, metric in zip(scored["unit"], scored["metric"], strict=True)} == {
-        *(("squashed", metric) for metric in ("pearson", "spearman", "r2", "mse")),
+        *(("squashed", metric) for metric in ("pearson", "spearman", "r2", "mse", "pearson_across_regions")),
         ("raw", "pearson"),
     }
-    # every model: 2 groups with their mean, 3 tracks, 5 measures
-    assert scored.groupby("model").size().to_dict() == dict.fromkeys(["run", *baselines], 5 * (2 + 3))
+    # every model: 2 groups with their mean, 3 tracks, 6 measures
+    assert scored.groupby("model").size().to_dict() == dict.fromkeys(["run", *baselines], 6 * (2 + 3))
     assert set(table["fold"]) == {"test"}
     rows = coverage.rows("test")
     assert set(table["n"]) == {len(rows)}
@@ -113,6 +113,30 @@ def test_columns_units_and_baselines(coverage: Dataset, pretrained: Path) -> Non
     both = [cell(table, model="run", track=n, metric="pearson", unit="squashed")["value"] for n in ("rna+", "rna-")]
     mean = cell(table, model="run", track="", group="rna", metric="pearson", unit="squashed")
     assert mean["value"] == pytest.approx(np.mean(both))
+
+
+def test_across_regions_and_across_tracks_by_hand(tmp_path: Path, pretrained: Path) -> None:
+    names = ("a+", "a-", "b-", "b+", "c")
+    groups = ("x", "x", "x", "x", "c")
+    dataset = tiny_coverage(tmp_path / "data", regions=36, tracks=names, groups=groups, missing=0.05)
+    model, found = evaluate(ModelConfig(str(pretrained)), dataset)
+    rows = dataset.rows("test")
+    truth = dataset.squashed_targets(rows).astype(np.float64)
+    values = predict(model, dataset, rows)[:, : len(names)].astype(np.float64)
+    known = np.where(np.isfinite(truth), values, np.nan)
+    for track, name in enumerate(names):
+        group = dataset.tracks.frame["group"].iloc[track]
+        across = cell(found.metrics, model="run", metric="pearson_across_regions", track=name, group=group)
+        means = np.nanmean(truth[:, track], -1), np.nanmean(known[:, track], -1)
+        assert across["value"] == pytest.approx(pearson(*means), abs=1e-6)
+        assert across["unit"] == "squashed"
+    plus = [0, 3]
+    own = [values_[:, 0] - values_[:, plus].mean(1) for values_ in (truth, values)]
+    both = np.isfinite(own[0])
+    specific = cell(found.metrics, model="run", metric="pearson_across_tracks", track="a+")
+    assert specific["value"] == pytest.approx(pearson(own[0][both], own[1][both]), abs=1e-6)
+    lone = found.metrics.query("metric == 'pearson_across_tracks' and track == 'c'")
+    assert lone.empty  # no other unstranded track to tell it from
 
 
 def test_differences_are_those_of_the_scores(coverage: Dataset, pretrained: Path) -> None:

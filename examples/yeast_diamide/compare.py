@@ -130,8 +130,9 @@ def ceiling(genes: Dataset) -> str:
     ]
     found = fold_change_ceiling(*change, (float(first.tracks.column("depth").sum()), float(depth.sum())))
     return (
-        f"Fold changes: replicate 1 against the others correlates at {found.replicates:.3f} over {found.genes} genes; by "
-        f"Spearman-Brown, {found.reliability:.3f} for an equal experiment and {found.perfect:.3f} for a perfect prediction."
+        f"Fold changes: replicate 1 against the others correlates at {found.replicates:.3f} over {found.genes} genes; "
+        f"by Spearman-Brown, {found.reliability:.3f} for an equal experiment and {found.perfect:.3f} for a perfect "
+        "prediction."
     )
 
 

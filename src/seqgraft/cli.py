@@ -80,6 +80,18 @@ def prepare(
 
 
 @app.command()
+def retrack(
+    folder: Annotated[Path, typer.Argument(help="A prepared dataset of coverage.")],
+    tracks: Annotated[Path, typer.Argument(help="Track table (CSV, TSV) with the same names.")],
+) -> None:
+    """Change scale, clip, squash or groups of a prepared dataset without reading its bigWigs again."""
+    from seqgraft.data.coverage import retrack_dataset
+
+    dataset = retrack_dataset(folder, tracks)
+    _say(f"{folder}: {len(dataset.tracks)} tracks have the settings of {tracks}.")
+
+
+@app.command()
 def plan(
     experiment: Annotated[Path, typer.Argument(help="YAML file of the experiment.")],
     folder: Annotated[Path | None, typer.Argument(help="The run directory that fit would write.")] = None,

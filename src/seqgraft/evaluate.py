@@ -32,7 +32,16 @@ from seqgraft.genes import (
     signal_table,
 )
 from seqgraft.genome import match_chroms, read_gtf
-from seqgraft.metrics import METRICS, Estimate, Moments, bootstrap_interval, paired_bootstrap, segment_blocks
+from seqgraft.metrics import (
+    METRICS,
+    Estimate,
+    Moments,
+    bootstrap_interval,
+    centre_tracks,
+    paired_bootstrap,
+    region_means,
+    segment_blocks,
+)
 from seqgraft.models.base import SequenceModel
 from seqgraft.models.weights import ModelConfig, build_pretrained
 from seqgraft.predict import FORWARD_ONLY, predict
@@ -178,6 +187,8 @@ def evaluate_model(
                 tracks, raw_truth, unsquash(values.astype(np.float64), tracks, dataset.info.bin_size), rows, ["pearson"]
             )
             tables.append(_table(name, fold, "raw", raw, blocks, config))
+        for name, values in predictions.items():
+            tables += _across(name, fold, tracks, truth, values, rows, blocks, config)
     tables += _forgetting(model, dataset, config, start, label, fold)
     leading = {name: _leading(found) for name, found in cards.items()}
     differences = [
@@ -332,6 +343,43 @@ def _table(
                 )
             )
     return pd.concat(parts, ignore_index=True)
+
+
+def _across(
+    model: str,
+    fold: str,
+    tracks: TrackTable,
+    truth: Array,
+    predicted: Array,
+    rows: npt.NDArray[np.int64],
+    blocks: Array,
+    config: EvaluateConfig,
+) -> list[pd.DataFrame]:
+    """Two more Pearsons of each track: of region means, across regions; and of what the track has of its own.
+
+    The latter is what remains at every position after subtracting the mean over the tracks of one group and strand.
+    """
+    tables = []
+    strands = tracks.strands
+    links = tracks.frame["link"].tolist()
+    for group, index in tracks.groups.items():
+        if "pearson" not in METRICS_OF_LINK[links[index[0]]]:
+            continue
+        known = np.isfinite(truth[:, index])
+        parts = {
+            "pearson_across_regions": (index, region_means(truth[:, index]), region_means(predicted[:, index], known))
+        }
+        alike = [[i for i in index if strands[i] == strand] for strand in "+-."]
+        if several := [some for some in alike if len(some) > 1]:
+            true, pred = (
+                np.concatenate([centre_tracks(v[:, some]) for some in several], 1) for v in (truth, predicted)
+            )
+            parts["pearson_across_tracks"] = ([i for some in several for i in some], true, pred)
+        for metric, (chosen, true, pred) in parts.items():
+            card = Card(group, metric, [tracks.names[i] for i in chosen], Moments.of(true, pred, None, rows))
+            estimate = bootstrap_interval(card.statistics, "pearson", blocks, draws=config.draws)
+            tables.append(_rows(model, fold, "squashed", card, estimate, blocks))
+    return tables
 
 
 def _without_interval(card: Card) -> Estimate:

@@ -178,6 +178,17 @@ class TrackTable:
         return np.array([position[pair] for pair in self.frame["strand_pair"]], dtype=np.intp)
 
     @cached_property
+    def strands(self) -> list[str]:
+        """Strand of each track: "+" or "-" by the ending of a paired track's name, "." without a partner, else "?"."""
+        found = []
+        for name, pair in zip(self.frame["name"], self.frame["strand_pair"], strict=True):
+            ends = [
+                sign for ends in _STRAND_SUFFIXES for end, sign in zip(ends, "+-", strict=True) if name.endswith(end)
+            ]
+            found.append("." if name == pair else ends[0] if ends else "?")
+        return found
+
+    @cached_property
     def _parts(self) -> list[tuple[str, list[int]]]:
         """(squash, positions): tracks that share one squashing formula."""
         parts: dict[str, list[int]] = {}
