@@ -25,7 +25,7 @@ import pandas as pd
 
 from seqgraft.errors import ConfigError, DataError
 from seqgraft.metrics import Moments, Values, bootstrap_interval, replicate_ceiling, spearman_brown
-from seqgraft.tracks import TrackTable
+from seqgraft.tracks import STRAND_ENDINGS, TrackTable
 
 __all__ = [
     "Ceiling",
@@ -48,7 +48,7 @@ Ints = npt.NDArray[np.int64]
 
 
 # How the name of a pair's forward strand ends.
-FORWARD = ("+", "_plus", ".plus", "_fwd", ".fwd")
+FORWARD = tuple(forward for forward, _ in STRAND_ENDINGS)
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,7 @@ __all__ = [
     "LINKS",
     "SQUASHES",
     "STATISTICS",
+    "STRAND_ENDINGS",
     "TrackTable",
     "coarsen",
     "open_bigwig",
@@ -44,7 +45,8 @@ LINKS = ("identity", "softplus", "sigmoid", "softmax")
 STATISTICS = ("sum", "mean")
 SQUASHES = ("none", "sqrt", "exp75", "none_legacy", "power75_legacy")
 
-_STRAND_SUFFIXES = (("+", "-"), ("_plus", "_minus"), (".plus", ".minus"), ("_fwd", "_rev"), (".fwd", ".rev"))
+#: How the names of the two strands of a pair end.
+STRAND_ENDINGS = (("+", "-"), ("_plus", "_minus"), (".plus", ".minus"), ("_fwd", "_rev"), (".fwd", ".rev"))
 _NAN = float("nan")
 _DEFAULTS: dict[str, Any] = {
     "name": None,
@@ -183,7 +185,7 @@ class TrackTable:
         found = []
         for name, pair in zip(self.frame["name"], self.frame["strand_pair"], strict=True):
             ends = [
-                sign for ends in _STRAND_SUFFIXES for end, sign in zip(ends, "+-", strict=True) if name.endswith(end)
+                sign for ends in STRAND_ENDINGS for end, sign in zip(ends, "+-", strict=True) if name.endswith(end)
             ]
             found.append("." if name == pair else ends[0] if ends else "?")
         return found
@@ -247,7 +249,7 @@ def _numbers(column: pd.Series[Any], name: str, problems: Problems) -> NDArray[n
 
 
 def _derive_pair(name: str, names: set[str], where: str, problems: Problems) -> str:
-    for forward, reverse in _STRAND_SUFFIXES:
+    for forward, reverse in STRAND_ENDINGS:
         for own, partner in ((forward, reverse), (reverse, forward)):
             if not name.endswith(own):
                 continue
