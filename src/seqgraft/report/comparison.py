@@ -69,7 +69,7 @@ def _title(own: Mapping[str, Score], others: Mapping[str, Score], key: Key, plac
     ranked = sorted(own.items(), key=lambda item: item[1].rank)
     best, score = ranked[0]
     text = f"{best} is best of {len(own)} runs with" if len(own) > 1 else f"{best} reaches"
-    text += f" {key.text} {score.short}{place}"
+    text = f"{text[:1].upper()}{text[1:]} {key.text} {score.short}{place}"
     if len(ranked) > 1:
         text += f"; then {ranked[1][0]}, {ranked[1][1].value:z.2f}"
     baselines = [item for item in others.items() if not item[1].is_ceiling]

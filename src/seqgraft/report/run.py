@@ -37,7 +37,7 @@ def _finding(run: RunFiles, scores: Scores, key: Key) -> str:
     own = scores.get(run.label, key)
     if own is None:
         return f"{run.label}: {key.text}{held_out(run, key.fold)} is undefined"
-    text = f"{run.label} reaches {key.text} {own.short}{held_out(run, key.fold)}"
+    text = f"{run.label[:1].upper()}{run.label[1:]} reaches {key.text} {own.short}{held_out(run, key.fold)}"
     baselines = {model: score for model, score in scores.others(run.label, key).items() if not score.is_ceiling}
     if not baselines:
         return f"{text}; there is no baseline to compare with"
