@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -12,14 +13,27 @@ from torch import nn
 
 from seqgraft.data.dataset import Dataset, DatasetInfo, open_dataset, write_dataset
 from seqgraft.genome import Genome
-from seqgraft.models.base import Head, SequenceModel
+from seqgraft.models.base import Head, SequenceModel, Trunk
+from seqgraft.models.borzoi import Borzoi
 from seqgraft.models.convnet import ConvNet
+from seqgraft.models.enformer import Enformer
 from seqgraft.models.weights import save_model
 from seqgraft.sequence import PAD, decode
 from seqgraft.tracks import TrackTable
 
 #: What fits the tiny datasets: a trunk of about 9,000 parameters with a stride of 32 bp.
 SETTINGS = {"channels": 16, "depth": 3, "blocks": 1}
+BORZOI: dict[str, Any] = {
+    "stem": 8,
+    "stem_kernel": 7,
+    "tower": [8, 8, 12, 16],
+    "blocks": 1,
+    "heads": 2,
+    "key_size": 8,
+    "position_features": 8,
+    "positions": 64,
+    "final": 24,
+}
 WINDOW, BINS, BIN_SIZE = 256, 12, 16
 FOLDS = ("train", "train", "train", "valid", "test", "train")
 
@@ -145,12 +159,25 @@ def settled_trunk(seed: int = 0, *, bin_size: int = BIN_SIZE, crop: int = 2, **s
     """A small trunk whose BatchNorm statistics are not those of an untrained one."""
     torch.manual_seed(seed)
     trunk = ConvNet(**(SETTINGS | settings), bin_size=bin_size, crop=crop)
+    settle(trunk)
+    return trunk
+
+
+def settle(trunk: Trunk) -> None:
+    """Draws the statistics and weights of BatchNorm."""
     for module in trunk.modules():
         if isinstance(module, nn.BatchNorm1d):
             nn.init.normal_(module.running_mean, std=0.3)
             nn.init.uniform_(module.running_var, 0.5, 2)
             nn.init.uniform_(module.weight, 0.5, 1.5)
             nn.init.normal_(module.bias, std=0.3)
+
+
+def settled_borzoi(seed: int = 0, *, bin_size: int = BIN_SIZE, crop: int = 2, **settings: Any) -> Borzoi:
+    """A small trunk of the Borzoi family, with a stride of 32 bp."""
+    torch.manual_seed(seed)
+    trunk = Borzoi.build(BORZOI | settings, bin_size=bin_size, crop=crop)
+    settle(trunk)
     return trunk
 
 
@@ -186,3 +213,15 @@ def tiny_pretrained(
         parameters=sum(p.numel() for p in trunk.parameters()),
     )
     return Path(folder)
+
+
+def tiny_enformer(seed: int = 0, *, bin_size: int = BIN_SIZE, crop: int = 2, **settings: Any) -> Enformer:
+    """A small Enformer whose BatchNorm statistics are not those of an untrained one."""
+    torch.manual_seed(seed)
+    sizes = {"channels": 24, "depth": 1, "heads": 2, "key_size": 8, "divisible_by": 2, "positions": 16}
+    trunk = Enformer(**(sizes | settings), bin_size=bin_size, crop=crop)
+    for module in trunk.modules():
+        if isinstance(module, nn.BatchNorm1d):
+            nn.init.normal_(module.running_mean, std=0.3)
+            nn.init.uniform_(module.running_var, 0.5, 2)
+    return trunk

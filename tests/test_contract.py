@@ -17,6 +17,7 @@ import pytest
 import torch
 import yaml
 
+from builders import BORZOI
 from seqgraft import run as runs
 from seqgraft.adapters import ADAPTERS
 from seqgraft.bigwig import runs as runs_of
@@ -32,7 +33,11 @@ from seqgraft.sequence import decode
 Settings = Mapping[str, Any]
 
 #: A size at which each trunk trains in a second, and the bins that it can give.
-TRUNK_SETTINGS: dict[str, Settings] = {"convnet": {"channels": 16, "depth": 2, "blocks": 1}}
+TRUNK_SETTINGS: dict[str, Settings] = {
+    "convnet": {"channels": 16, "depth": 2, "blocks": 1},
+    "borzoi": BORZOI,
+    "enformer": {"channels": 24, "depth": 1, "heads": 2, "key_size": 4, "divisible_by": 2, "positions": 16},
+}
 
 ADAPTER_SETTINGS: dict[str, dict[str, Settings]] = {
     "linear_probe": {"linear probe": {}},
@@ -45,7 +50,7 @@ ADAPTER_SETTINGS: dict[str, dict[str, Settings]] = {
         "QLoRA": {"rank": 2, "quantize": "nf4"},
     },
     "ia3": {"IA3": {}, "IA3 conv": {"where": ["attention", "conv"]}},
-    "houlsby": {"Houlsby": {"bottleneck": 2}, "Houlsby + SE": {"bottleneck": 2, "squeeze_excite": 8}},
+    "houlsby": {"Houlsby": {"bottleneck": 8}, "Houlsby + SE": {"bottleneck": 8, "squeeze_excite": 8}},
     "peft": {"LoHa": {"type": "loha", "settings": {"r": 2, "alpha": 2}}},
 }
 

@@ -14,7 +14,17 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from builders import BIN_SIZE, BINS, WINDOW, settled_trunk, tiny_coverage, tiny_labels, tiny_pretrained
+from builders import (
+    BIN_SIZE,
+    BINS,
+    WINDOW,
+    settled_borzoi,
+    settled_trunk,
+    tiny_coverage,
+    tiny_enformer,
+    tiny_labels,
+    tiny_pretrained,
+)
 from seqgraft.adapters import FullFineTune, LinearProbe, LoRA, adapt, load_adapter, save_adapter
 from seqgraft.data.dataset import Dataset, DatasetInfo
 from seqgraft.errors import ConfigError, ModelError, SeqgraftError
@@ -38,6 +48,12 @@ from seqgraft.train import TrainConfig, fit
 SMALL: dict[str, Callable[[], Trunk]] = {
     "convnet": lambda: settled_trunk(1, channels=16, depth=3, blocks=2),
     "convnet: bins of 4 bp": lambda: settled_trunk(2, channels=16, depth=2, blocks=1, bin_size=4, crop=8),
+    "borzoi": lambda: settled_borzoi(1),
+    "borzoi: bins of 8 bp, no last convolution": lambda: settled_borzoi(
+        2, bin_size=8, crop=4, blocks=2, final=0, upsample_conv=False, gelu="exact"
+    ),
+    "enformer": lambda: tiny_enformer(3),
+    "enformer: bins of 32 bp": lambda: tiny_enformer(4, bin_size=32, crop=1, depth=2, gamma_per_position=True),
 }
 
 
@@ -513,7 +529,7 @@ def damage(folder: Path, what: str) -> None:
         ("misshapen", ModelError, r"trunk.stages.stem.conv.bias: \(3,\) instead of \(16,\)"),
         ("misshapen head", ModelError, r"heads.old.out.weight: \(1, 16, 1\) instead of \(2, 16, 1\)"),
         ("changed", ModelError, "not those that model.json describes"),
-        ("architecture", ModelError, r"unknown architecture: 'resnet'. Known are \['convnet'\]"),
+        ("architecture", ModelError, r"unknown architecture: 'resnet'. Known are \['borzoi', 'convnet'"),
         ("version", ConfigError, "format or version"),
         ("entry", ConfigError, r"lacks entries: \['tracks'\]"),
         ("settings", ConfigError, "does not take these settings"),

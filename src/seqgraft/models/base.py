@@ -7,11 +7,12 @@ The reading example is ``convnet.py``.
 from __future__ import annotations
 
 import hashlib
+import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 import torch
@@ -25,6 +26,7 @@ from seqgraft.sequence import ONE_HOT, PAD
 from seqgraft.tracks import TrackTable
 
 __all__ = [
+    "Halfway",
     "Head",
     "SequenceModel",
     "Span",
@@ -58,6 +60,24 @@ class State:
     def masked(self, fill: float = 0.0) -> Tensor:
         """``x`` with ``fill`` in the padding, so that a convolution sees there what it sees beyond an edge."""
         return self.x if self.valid is None else self.x.masked_fill(~self.valid[:, None], fill)
+
+    def to(self, device: torch.device | str) -> State:
+        return State(
+            self.x.to(device),
+            {name: skip.to(device) for name, skip in self.skips.items()},
+            None if self.valid is None else self.valid.to(device),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Halfway:
+    """A state on its way through a trunk, and the stage that comes next: None past the last one."""
+
+    state: State
+    start: str | None
+
+    def to(self, device: torch.device | str) -> Halfway:
+        return Halfway(self.state.to(device), self.start)
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,14 +223,42 @@ class _StaysFrozen(nn.Module):
 
 
 class Trunk(_StaysFrozen):
-    """An ordered chain of stages from base codes to features ``(batch, channels, bins)``."""
+    """An ordered chain of stages from base codes to features ``(batch, channels, bins)``.
+
+    The constructor takes its settings, all with defaults, plus ``bin_size`` and ``crop``.
+    """
 
     spec: TrunkSpec
     stages: nn.ModuleDict
+    #: What ``build`` needs to make this trunk again: plain values, as they stand in ``model.json`` and YAML.
+    settings: Mapping[str, Any]
+    #: bp per bin where the data do not ask for a size: labels, whose bins are pooled.
+    label_bin_size: ClassVar[int] = 16
     #: Input lengths are padded to a multiple of this many bp.
     stride: int = 1
     #: Recompute each stage in the backward pass instead of keeping its activations.
     checkpointing: bool = False
+
+    @classmethod
+    def build(cls, settings: Mapping[str, Any], *, bin_size: int, crop: int) -> Self:
+        """A trunk with random weights from its settings.
+
+        Args:
+            settings: of the architecture; what is left out has its default.
+            bin_size: bp per bin of the output.
+            crop: bins dropped at each end.
+
+        Raises:
+            ModelError: settings that make no trunk.
+            TypeError: one that is not among ``defaults``.
+        """
+        return cls(**settings, bin_size=bin_size, crop=crop)
+
+    @classmethod
+    def defaults(cls) -> dict[str, Any]:
+        """The settings that ``build`` takes, with their defaults."""
+        parameters = inspect.signature(cls).parameters
+        return {name: p.default for name, p in parameters.items() if name not in ("bin_size", "crop")}
 
     def encode(self, codes: Tensor, lengths: Tensor | None = None) -> State:
         """One-hot ``(batch, 4, length)`` as the first state, padded to a multiple of ``stride``.
@@ -361,8 +409,13 @@ class SequenceModel(_StaysFrozen):
         self._in_order = self._order == list(range(len(made)))
 
     def forward(self, sample: Sample) -> Tensor:
-        """Values before the link, ``(batch, tracks, bins)``."""
-        return self.read(self.trunk(sample.codes, sample.lengths), sample)
+        """Values before the link, ``(batch, tracks, bins)``; a sample that is halfway starts from there."""
+        if sample.halfway is None:
+            return self.read(self.trunk(sample.codes, sample.lengths), sample)
+        state: State = sample.halfway.state
+        if sample.halfway.start is not None:
+            state = self.trunk.run(state, start=sample.halfway.start)
+        return self.read(state, sample)
 
     def read(self, state: State, sample: Sample) -> Tensor:
         """The heads on the trunk's last state: values before the link ``(batch, tracks, bins)``."""

@@ -21,6 +21,7 @@ from torch.nn import functional
 
 from seqgraft.errors import ModelError
 from seqgraft.models.base import Stage, State, Step, Trunk, TrunkSpec
+from seqgraft.models.stages import Crop, max_pool
 
 __all__ = ["ConvNet"]
 
@@ -64,7 +65,7 @@ class ConvNet(Trunk):
         for i in range(ups):
             stages[f"upsample_{i}"] = _Upsample(channels, skip=f"tower_{depth - 1 - i}")
         stages["final"] = _Final(channels)
-        stages["crop"] = _Crop(crop)
+        stages["crop"] = Crop(crop)
         self.stages = nn.ModuleDict(stages)
         self.spec = TrunkSpec(name="convnet", channels=channels, bin_size=bin_size, sites=self._sites())
 
@@ -91,7 +92,7 @@ class _Stem(Stage):
         self.conv = nn.Conv1d(4, channels, 15, padding=7)
 
     def forward(self, state: State) -> State:
-        return _max_pool(State(self.conv(state.masked()), state.skips, state.valid), _STEM_POOL)
+        return max_pool(State(self.conv(state.masked()), state.skips, state.valid), _STEM_POOL)
 
 
 class _Tower(Stage):
@@ -110,7 +111,7 @@ class _Tower(Stage):
         x = functional.gelu(self.norm(state.x))
         x = state.x + self.conv(State(x, valid=state.valid).masked())
         skips = {**state.skips, self.skip: x} if self.skip else state.skips
-        return _max_pool(State(x, skips, state.valid), 2)
+        return max_pool(State(x, skips, state.valid), 2)
 
 
 class _Block(Stage):
@@ -199,25 +200,3 @@ class _Final(Stage):
 
     def forward(self, state: State) -> State:
         return State(functional.gelu(self.conv(functional.gelu(self.norm(state.x)))), state.skips, state.valid)
-
-
-class _Crop(Stage):
-    """Drops bins at both ends."""
-
-    def __init__(self, bins: int) -> None:
-        super().__init__()
-        self.bins = bins
-        self.steps = (Step("crop", bins),)
-
-    def forward(self, state: State) -> State:
-        kept = slice(self.bins, state.x.shape[-1] - self.bins)
-        return State(state.x[..., kept], state.skips, None if state.valid is None else state.valid[:, kept])
-
-
-def _max_pool(state: State, size: int) -> State:
-    """Max pooling that ignores padding; a position is valid if any base under it is."""
-    if state.valid is None:
-        return State(functional.max_pool1d(state.x, size), state.skips)
-    pooled = functional.max_pool1d(state.masked(float("-inf")), size)
-    valid = functional.max_pool1d(state.valid[:, None].float(), size)[:, 0] > 0
-    return State(pooled.masked_fill(~valid[:, None], 0.0), state.skips, valid)

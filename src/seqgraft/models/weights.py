@@ -29,7 +29,9 @@ from safetensors.torch import load_file, save_file
 from seqgraft.data.dataset import DatasetInfo, new_folder, write_json
 from seqgraft.errors import ConfigError, ModelError, Problems
 from seqgraft.models.base import Head, SequenceModel, Trunk, weight_hash, with_spec
+from seqgraft.models.borzoi import Borzoi
 from seqgraft.models.convnet import ConvNet
+from seqgraft.models.enformer import Enformer
 from seqgraft.tracks import TrackTable
 
 __all__ = [
@@ -49,7 +51,7 @@ PRETRAINED = "pretrained_"  # heads whose names start so came with the weights a
 CONTINUED = "continued_"  # and those of head: pretrained, which train on
 
 #: Architecture -> class. A new trunk is registered here, and the contract tests find it.
-TRUNKS: dict[str, type[ConvNet]] = {"convnet": ConvNet}
+TRUNKS: dict[str, type[Trunk]] = {"convnet": ConvNet, "borzoi": Borzoi, "enformer": Enformer}
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,25 @@ class ModelConfig:
     init: Literal["pretrained", "random"] = "pretrained"
     head: Literal["new", "pretrained", "extend"] = "new"
     pool: Literal["mean", "max"] = "mean"
-    settings: Mapping[str, int] = field(default_factory=dict)
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Every setting of an architecture is of the type of its default."""
+        defaults = TRUNKS[self.name].defaults() if self.name in TRUNKS else {}
+        problems = Problems(ConfigError)
+        for name, value in self.settings.items():
+            if name in defaults and not _like(value, defaults[name]):
+                remedy = f"Give a value such as {defaults[name]!r}"
+                problems.add(f"{name} has a value of another kind", value, where="model.settings", remedy=remedy)
+        problems.raise_if_any()
+
+
+def _like(value: object, default: object) -> bool:
+    if isinstance(default, list | tuple):
+        return isinstance(value, list | tuple) and all(_like(inner, default[0]) for inner in value)
+    if isinstance(default, float):
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    return default is None or type(value) is type(default)
 
 
 @dataclass(frozen=True)
@@ -226,7 +246,8 @@ def _build_trunk(config: ModelConfig, pretrained: Pretrained | None, info: Datas
             remedy="Remove them, or name an architecture",
         )
     settings = dict(pretrained.content["settings"] if pretrained else config.settings)
-    native = int(pretrained.content["bin_size"]) if pretrained else (16 if labels else info.bin_size)
+    kind = TRUNKS[architecture]
+    native = int(pretrained.content["bin_size"]) if pretrained else (kind.label_bin_size if labels else info.bin_size)
     if labels:
         crop = 0
     else:
@@ -244,15 +265,14 @@ def _build_trunk(config: ModelConfig, pretrained: Pretrained | None, info: Datas
                 f"window {info.window}, {info.bins} bins of {info.bin_size} bp",
                 remedy=f"Choose a window that exceeds the target length by a multiple of {2 * native}",
             )
-    try:
-        trunk = TRUNKS[architecture](**settings, bin_size=native, crop=crop)
-    except TypeError as error:
+    if unknown := sorted(set(settings) - set(names := kind.defaults())):
         raise ConfigError(
-            f"the architecture does not take these settings ({error})",
-            settings,
+            "the architecture does not take these settings",
+            unknown,
             where="model.settings",
-            remedy=f"It takes {', '.join(TRUNKS[architecture]().settings)}",
-        ) from error
+            remedy=f"It takes {', '.join(names)}",
+        )
+    trunk = kind.build(settings, bin_size=native, crop=crop)
     if not labels and info.window % trunk.stride:
         raise ModelError(
             "the window must be a multiple of the trunk's stride",
@@ -432,7 +452,7 @@ def save_model(
                 "format_version": FORMAT_VERSION,
                 "name": name,
                 "architecture": architecture,
-                "settings": trunk.settings,
+                "settings": dict(trunk.settings),
                 "bin_size": trunk.spec.bin_size,
                 "window": info.window,
                 "bins": info.bins,

@@ -1,0 +1,385 @@
+"""The Borzoi family: Borzoi, Borzoi-lite and every network that Baskerville's ``params.json`` describes in those terms.
+
+::
+
+    bases (b, 4, L) -> stem /2 -> tower_0 /2 ... tower_(n-1) /2 -> transformer_* -> upsample_* x2 -> crop -> final
+                                     |___________ skips, before pooling _____________|
+
+Linder, Srivastava, Yuan, Agarwal & Kelley 2025, "Predicting RNA-seq coverage from DNA sequence as a unifying model of
+gene regulation". Written from the specification in section 3 of the project's facts page on Baskerville, and
+compared with its outputs. Where the whole window is sequence, this is that network; where it ends in padding, the
+padding is masked in convolutions, pooling and attention, which the original does not know.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+
+from seqgraft.errors import ModelError
+from seqgraft.models.base import Stage, State, Step, Trunk, TrunkSpec
+from seqgraft.models.stages import Crop, max_pool
+
+__all__ = ["Borzoi", "bucket_rows", "relative_attention"]
+
+_NORM_EPSILON = 1e-3
+#: Queries whose attention is computed at a time: memory is this many times the positions, not their square.
+_CHUNK = 512
+_TOWER = (608, 736, 896, 1056, 1280, 1536)
+
+
+class Borzoi(Trunk):
+    """A trunk of the Borzoi family; the defaults are Borzoi itself, of 171 million parameters.
+
+    Args:
+        stem: channels of the first convolution.
+        stem_kernel: its width.
+        tower: channels of each stage of the tower; the transformer works at ``2**(1 + len(tower))`` bp.
+        tower_kernel: width of their convolutions.
+        blocks: transformer blocks.
+        heads: of their attention; the width of a head's values is ``tower[-1] / heads``.
+        key_size: width of a head's queries and keys.
+        position_features: central masks of the relative positions, and as many again that have a sign: an even number.
+        positions: positions of the transformer in the window of training. They fix the widths of the central masks, so
+            that other windows keep the scale of positions.
+        upsample_kernel: width of the convolutions of the way up.
+        upsample_conv: whether the lower resolution passes a dense layer before it is joined with the skip.
+        final: channels of the last convolution, or 0 for none.
+        gelu: "tanh", as Borzoi was trained; or "exact", as Baskerville's networks with Houlsby, LoCon and IA3 adapters.
+        dropout: after attention and inside the feed-forward layers, in training.
+        attention_dropout: of the weights of attention. position_dropout: of the features of each distinct relation.
+        final_dropout: after the last convolution.
+        bin_size: bp per output bin, a power of two from the tower's first resolution on.
+        crop: bins dropped at each end.
+
+    Raises:
+        ModelError: sizes that make no network.
+    """
+
+    label_bin_size: ClassVar[int] = 32
+
+    def __init__(
+        self,
+        stem: int = 512,
+        stem_kernel: int = 15,
+        tower: Sequence[int] = _TOWER,
+        tower_kernel: int = 5,
+        blocks: int = 8,
+        heads: int = 8,
+        key_size: int = 64,
+        position_features: int = 32,
+        positions: int = 4096,
+        upsample_kernel: int = 3,
+        upsample_conv: bool = True,
+        final: int = 1920,
+        gelu: Literal["tanh", "exact"] = "tanh",
+        dropout: float = 0.2,
+        attention_dropout: float = 0.05,
+        position_dropout: float = 0.01,
+        final_dropout: float = 0.1,
+        bin_size: int = 32,
+        crop: int = 0,
+    ) -> None:
+        super().__init__()
+        self.settings = {
+            name: list(value) if name == "tower" else value
+            for name, value in locals().items()
+            if name in self.defaults()
+        }
+        tower, width = tuple(tower), tower[-1] if tower else 0
+        resolutions = [2 ** (i + 2) for i in range(len(tower))]
+        _check(self.settings, resolutions, bin_size)
+        self.stride = resolutions[-1]
+        ups = len(resolutions) - 1 - resolutions.index(bin_size)
+        first = len(tower) - ups  # of the stages of the tower whose convolutions the way up reads
+        stages: dict[str, Stage] = {"stem": _Stem(stem, stem_kernel)}
+        for i, (before, after) in enumerate(zip((stem, *tower), tower, strict=False)):
+            stages[f"tower_{i}"] = _Tower(before, after, tower_kernel, gelu, f"tower_{i}" if i >= first else None)
+        attend = (heads, key_size, position_features, positions, attention_dropout, position_dropout)
+        for i in range(blocks):
+            stages[f"transformer_{i}"] = _Block(width, _Attention(width, *attend), dropout)
+        for i in range(ups):
+            skip = len(tower) - 1 - i
+            stages[f"upsample_{i}"] = _Upsample(
+                width, tower[skip], upsample_kernel, upsample_conv, gelu, f"tower_{skip}"
+            )
+        stages["crop"] = Crop(crop)
+        stages["final"] = _Final(width, final, gelu, final_dropout)
+        self.stages = nn.ModuleDict(stages)
+        self.spec = TrunkSpec(name="borzoi", channels=final or width, bin_size=bin_size, sites=self._sites())
+        self._initialise()
+
+    def _sites(self) -> dict[str, tuple[str, ...]]:
+        """ "conv" is what Baskerville adapts as such: its Conv1D layers; those of the way up are "upsample"."""
+        ends = {
+            "attention": (".query", ".key", ".value", ".output"),
+            "feedforward": (".up", ".down"),
+            "conv": (".conv",),
+            "upsample": (".below", ".lateral", ".pointwise"),
+            "norm": (".norm", ".lateral_norm", ".attention_norm", ".feedforward_norm"),
+        }
+        ends |= {f"{site}{end}": (end,) for site in ("attention", "feedforward") for end in ends[site]}
+        return {
+            site: tuple(name for name, _ in self.named_modules() if name.endswith(end)) for site, end in ends.items()
+        }
+
+    def reset(self) -> None:
+        super().reset()
+        self._initialise()
+
+    @torch.no_grad()
+    def _initialise(self) -> None:
+        """Normal weights of variance 1 / inputs in convolutions and 2 / inputs in the transformer, zero biases.
+
+        The original starts the attention's output at zero; here it starts as any other layer does, so that adapters of
+        a random trunk have gradients.
+        """
+        for module in self.modules():
+            if isinstance(module, nn.Conv1d | nn.Linear):
+                gain = 2.0 if isinstance(module, nn.Linear) else 1.0
+                nn.init.normal_(module.weight, std=math.sqrt(gain / module.weight[0].numel()))
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+            elif isinstance(module, _Attention):
+                for bias in (module.content_bias, module.position_bias):
+                    nn.init.normal_(bias, std=math.sqrt(1 / bias.shape[-1]))
+
+
+def _check(settings: dict[str, Any], resolutions: list[int], bin_size: int) -> None:
+    if not resolutions or bin_size not in resolutions:
+        remedy = f"Choose one of {resolutions}" if resolutions else "Give the channels of at least one stage"
+        raise ModelError("the trunk cannot give bins of this size", bin_size, where="borzoi", remedy=remedy)
+    if settings["tower"][-1] % settings["heads"]:
+        what = "the channels of the last stage of the tower must be a multiple of the heads"
+        raise ModelError(what, (settings["tower"][-1], settings["heads"]), where="borzoi")
+    if settings["position_features"] % 2 or settings["position_features"] < 2:
+        raise ModelError("position_features must be even", settings["position_features"], where="borzoi")
+    if settings["gelu"] not in ("tanh", "exact"):
+        raise ModelError("gelu must be 'tanh' or 'exact'", settings["gelu"], where="borzoi")
+    for name in ("stem_kernel", "tower_kernel", "upsample_kernel"):
+        if settings[name] % 2 == 0:
+            raise ModelError(f"{name} must be odd", settings[name], where="borzoi")
+
+
+class _Gelu(nn.Module):
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.approximate = "tanh" if kind == "tanh" else "none"
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.gelu(x, approximate=self.approximate)
+
+
+def _norm(channels: int) -> nn.BatchNorm1d:
+    return nn.BatchNorm1d(channels, eps=_NORM_EPSILON)
+
+
+class _Stem(Stage):
+    """A wide convolution on the bases, then max pooling by 2."""
+
+    def __init__(self, channels: int, kernel: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv1d(4, channels, kernel, padding=kernel // 2)
+        self.steps = (Step("conv", kernel), Step("pool", 2))
+
+    def forward(self, state: State) -> State:
+        return max_pool(State(self.conv(state.masked()), state.skips, state.valid), 2)
+
+
+class _Tower(Stage):
+    """BatchNorm, GELU, convolution; kept for the way up if ``skip`` names it; max pooling by 2."""
+
+    def __init__(self, before: int, after: int, kernel: int, gelu: str, skip: str | None) -> None:
+        super().__init__()
+        self.norm, self.gelu = _norm(before), _Gelu(gelu)
+        self.conv = nn.Conv1d(before, after, kernel, padding=kernel // 2)
+        self.steps = (Step("conv", kernel), Step("pool", 2))
+        self.skip = skip
+        self.writes = {skip: 1} if skip else {}
+
+    def forward(self, state: State) -> State:
+        x = self.conv(State(self.gelu(self.norm(state.x)), valid=state.valid).masked())
+        skips = {**state.skips, self.skip: x} if self.skip else state.skips
+        return max_pool(State(x, skips, state.valid), 2)
+
+
+class _Block(Stage):
+    """A pre-norm transformer block, with ReLU between the feed-forward layers; global."""
+
+    def __init__(self, channels: int, attention: _Attention, dropout: float) -> None:
+        super().__init__()
+        self.dropout = dropout
+        self.attention_norm = nn.LayerNorm(channels, eps=_NORM_EPSILON)
+        self.attention = attention
+        self.feedforward_norm = nn.LayerNorm(channels, eps=_NORM_EPSILON)
+        self.up = nn.Linear(channels, 2 * channels)
+        self.down = nn.Linear(2 * channels, channels)
+
+    def forward(self, state: State) -> State:
+        drop = partial(functional.dropout, p=self.dropout, training=self.training)
+        x = state.x.transpose(1, 2)
+        x = x + drop(self.attention(self.attention_norm(x), state.valid))
+        x = x + drop(self.down(drop(functional.relu(self.up(self.feedforward_norm(x))))))
+        return State(x.transpose(1, 2), state.skips, state.valid)
+
+
+class _Attention(nn.Module):
+    """softmax(((q + u) k + (q + v) r(j - i))) v, with q scaled, r linear in position features, u and v learned."""
+
+    def __init__(
+        self,
+        channels: int,
+        heads: int,
+        key_size: int,
+        features: int,
+        positions: int,
+        attention_dropout: float,
+        position_dropout: float,
+    ) -> None:
+        super().__init__()
+        self.heads, self.dropout, self.position_dropout = heads, attention_dropout, position_dropout
+        self.widths = mask_widths(features // 2, positions)
+        self.query = nn.Linear(channels, heads * key_size, bias=False)
+        self.key = nn.Linear(channels, heads * key_size, bias=False)
+        self.value = nn.Linear(channels, channels, bias=False)
+        self.position = nn.Linear(features, heads * key_size, bias=False)
+        self.output = nn.Linear(channels, channels)
+        self.content_bias = nn.Parameter(torch.zeros(1, heads, 1, key_size))
+        self.position_bias = nn.Parameter(torch.zeros(1, heads, 1, key_size))
+
+    def forward(self, x: Tensor, valid: Tensor | None) -> Tensor:
+        batch, n, channels = x.shape
+        query, key, value = (
+            layer(x).view(batch, n, self.heads, -1).transpose(1, 2) for layer in (self.query, self.key, self.value)
+        )
+        query = query * query.shape[-1] ** -0.5
+        features, rows = bucket_rows(n, self.widths, x.device)
+        features = functional.dropout(features.to(x.dtype), self.position_dropout, self.training)
+        relative = self.position(features).view(len(features), self.heads, -1).permute(1, 2, 0)
+        dropout = self.dropout if self.training else 0.0
+        pairs = (query + self.content_bias, query + self.position_bias)
+        mixed = relative_attention(*pairs, key, value, relative, rows, valid, dropout)
+        attended: Tensor = self.output(mixed.transpose(1, 2).reshape(batch, n, channels))
+        return attended
+
+
+def mask_widths(count: int, positions: int) -> tuple[float, ...]:
+    """Widths r^i - 1, i = 1..count, of the central masks, in float32, with r = (positions + 1)^(1 / count)."""
+    ratio = np.exp(np.log(np.float64(positions + 1)) / count).astype(np.float32)
+    widths = ratio ** np.arange(1, count + 1, dtype=np.float32) - np.float32(1)
+    return tuple(float(width) for width in widths)
+
+
+def bucket_rows(n: int, widths: Sequence[float], device: torch.device) -> tuple[Tensor, Tensor]:
+    """The distinct rows of the position features, and which of them each distance has.
+
+    The features of a distance d = j - i are whether each width exceeds abs(d), and that times the sign of d. So they
+    depend on the sign and on how many widths do not exceed abs(d) alone: 2 (widths + 1) + 1 rows for any window.
+
+    Returns:
+        Features ``(rows, 2 * widths)``, and the row ``(2n - 1,)`` of the distances -(n-1)..n-1.
+    """
+    count = len(widths)
+    distance = torch.arange(1 - n, n, device=device)
+    passed = torch.searchsorted(torch.tensor(widths, device=device), distance.abs().float(), right=True)
+    rows = torch.where(distance == 0, 0, 1 + 2 * passed + (distance > 0))
+    exceeding = torch.arange(count, device=device) >= torch.arange(count + 1, device=device)[:, None]
+    masks = torch.cat([torch.ones(1, count, device=device), exceeding.float().repeat_interleave(2, dim=0)])
+    sign = torch.cat([torch.zeros(1, device=device), torch.tensor([-1.0, 1.0], device=device).repeat(count + 1)])
+    return torch.cat([masks, sign[:, None] * masks], dim=1), rows
+
+
+def relative_attention(
+    content: Tensor,
+    position: Tensor,
+    key: Tensor,
+    value: Tensor,
+    relative: Tensor,
+    rows: Tensor,
+    valid: Tensor | None = None,
+    dropout: float = 0.0,
+) -> Tensor:
+    """softmax(content key + position relative[row of j - i]) value, exactly, a few hundred queries at a time.
+
+    Each chunk is computed again in the backward pass instead of being kept, if there are several.
+
+    Args:
+        content, position: queries for the two terms, ``(batch, heads, n, key size)``.
+        key, value: ``(batch, heads, n, size)``.
+        relative: ``(heads, key size, rows)``.
+        rows: the row of each distance j - i = -(n-1)..n-1, ``(2n - 1,)``.
+        valid: ``(batch, n)``, False for keys that are padding.
+        dropout: of the weights.
+
+    Returns:
+        ``(batch, heads, n, value size)``.
+    """
+    n = key.shape[2]
+    which = rows.unfold(0, n, 1)  # (n, n): row n - 1 - i has the distances to query i
+    transposed = key.transpose(2, 3)
+
+    def chunk(
+        content: Tensor, position: Tensor, transposed: Tensor, value: Tensor, relative: Tensor, at: int
+    ) -> Tensor:
+        size = content.shape[2]
+        index = which[n - at - size : n - at].flip(0).expand(*content.shape[:2], size, n)
+        logits = content @ transposed + (position @ relative).gather(-1, index)
+        if valid is not None:
+            logits = logits.masked_fill(~valid[:, None, None, :], torch.finfo(logits.dtype).min)
+        return functional.dropout(logits.softmax(-1), dropout) @ value
+
+    again = torch.is_grad_enabled() and n > _CHUNK
+    run = partial(checkpoint, chunk, use_reentrant=False) if again else chunk
+    parts = [
+        run(content[:, :, at : at + _CHUNK], position[:, :, at : at + _CHUNK], transposed, value, relative, at)
+        for at in range(0, n, _CHUNK)
+    ]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+
+
+class _Upsample(Stage):
+    """Nearest-neighbour upsampling by 2, joined by the tower's tensor of that size, then a separable convolution."""
+
+    def __init__(self, channels: int, lateral: int, kernel: int, dense: bool, gelu: str, skip: str) -> None:
+        super().__init__()
+        self.skip, self.reads = skip, {skip: 1}
+        self.steps = (Step("up", 2), Step("conv", kernel))
+        self.norm, self.lateral_norm, self.gelu = _norm(channels), _norm(lateral), _Gelu(gelu)
+        self.below = nn.Conv1d(channels, channels, 1) if dense else None
+        self.lateral = nn.Conv1d(lateral, channels, 1)
+        self.depthwise = nn.Conv1d(channels, channels, kernel, padding=kernel // 2, groups=channels, bias=False)
+        self.pointwise = nn.Conv1d(channels, channels, 1)
+
+    def forward(self, state: State) -> State:
+        valid = None if state.valid is None else state.valid.repeat_interleave(2, dim=1)
+        x = self.gelu(self.norm(state.x))
+        x = x if self.below is None else self.below(x)
+        x = x.repeat_interleave(2, dim=2) + self.lateral(self.gelu(self.lateral_norm(state.skips[self.skip])))
+        x = self.pointwise(self.depthwise(State(x, valid=valid).masked()))
+        return State(x, {name: value for name, value in state.skips.items() if name != self.skip}, valid)
+
+
+class _Final(Stage):
+    """BatchNorm, GELU and a convolution of width 1, unless it has no channels; then a GELU."""
+
+    steps = (Step("conv", 1),)
+
+    def __init__(self, before: int, channels: int, gelu: str, dropout: float) -> None:
+        super().__init__()
+        self.dropout, self.gelu = dropout, _Gelu(gelu)
+        self.norm = _norm(before) if channels else None
+        self.conv = nn.Conv1d(before, channels, 1) if channels else None
+
+    def forward(self, state: State) -> State:
+        x = state.x
+        if self.norm is not None and self.conv is not None:
+            x = functional.dropout(self.conv(self.gelu(self.norm(x))), self.dropout, self.training)
+        return State(self.gelu(x), state.skips, state.valid)
