@@ -96,6 +96,11 @@ class Houlsby(Adapter):
     last: int | None = None
     norms: bool = True
 
+    @classmethod
+    def baskerville(cls, convs: int = 0) -> Houlsby:
+        """Baskerville's "houlsby", and with ``convs=4`` its "houlsby_se": with squeeze-excitation of rank 16."""
+        return cls(8, squeeze_excite=16, last=convs) if convs else cls(8)
+
     def __post_init__(self) -> None:
         if self.bottleneck < 1 or (self.squeeze_excite is not None and self.squeeze_excite < 1):
             sizes = (self.bottleneck, self.squeeze_excite)

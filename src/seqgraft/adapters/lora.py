@@ -42,6 +42,7 @@ class LoRA(Adapter):
         last: of the site "conv" only the last so many modules.
         dropout: on the input of A, in training.
         rslora: scale by alpha / sqrt(rank) instead.
+        conv_rank, conv_alpha: of convolutions, where they are not to be those of linear layers.
     """
 
     kind: ClassVar[str] = "lora"
@@ -53,10 +54,21 @@ class LoRA(Adapter):
     last: int | None = None
     dropout: float = 0.0
     rslora: bool = False
+    conv_rank: int | None = None
+    conv_alpha: float | None = None
+
+    @classmethod
+    def baskerville(cls, convs: int = 0) -> LoRA:
+        """Baskerville's "lora", and with ``convs=4`` its "locon": also in the last so many convolutions, of rank 4."""
+        where = ("attention.query", "attention.value")
+        if not convs:
+            return cls(8, 16.0, where)
+        return cls(8, 16.0, (*where, "conv"), last=convs, conv_rank=4, conv_alpha=1.0)
 
     def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise ConfigError("the rank must be at least 1", self.rank, where="adapter lora")
+        for rank in (self.rank, 1 if self.conv_rank is None else self.conv_rank):
+            if rank < 1:
+                raise ConfigError("the rank must be at least 1", rank, where="adapter lora")
         if not 0 <= self.dropout < 1:
             raise ConfigError("dropout must be at least 0 and below 1", self.dropout, where="adapter lora")
         if self.quantize not in (None, "nf4", "int8"):
@@ -90,7 +102,7 @@ class LoRA(Adapter):
             _quantize(trunk, linears, self.quantize)
 
     def apply(self, model: SequenceModel) -> None:
-        settings = {
+        settings: dict[str, Any] = {
             "r": self.rank,
             "lora_alpha": 2 * self.rank if self.alpha is None else self.alpha,
             "use_dora": self.dora,
@@ -98,7 +110,17 @@ class LoRA(Adapter):
             "use_rslora": self.rslora,
         }
         names = modules_at(model.trunk, self.where, self.last)
+        convs = _exactly([name for name in names if isinstance(model.trunk.get_submodule(name), nn.Conv1d)])
+        if self.conv_rank is not None:
+            settings["rank_pattern"] = {convs: self.conv_rank}
+        if (alpha := self._conv_alpha) is not None:
+            settings["alpha_pattern"] = {convs: alpha}
         _inject(model.trunk, names, "LORA", settings, self.label, self.quantize)
+
+    @property
+    def _conv_alpha(self) -> float | None:
+        """Twice the rank if only that is given."""
+        return 2 * self.conv_rank if self.conv_alpha is None and self.conv_rank is not None else self.conv_alpha
 
     def fold(self, model: SequenceModel) -> None:
         if self.quantize is not None:
@@ -136,6 +158,15 @@ class IA3(Adapter):
 
     kind: ClassVar[str] = "ia3"
     where: tuple[str, ...] = ("attention", "feedforward")
+
+    @classmethod
+    def baskerville(cls) -> IA3:
+        """Baskerville's "ia3" on the layers that it was meant for.
+
+        There, the down-projections are looked for by a width of 1536. Borzoi's have 3072, so that others are scaled
+        instead, its up-projections and the dense layers of the way up.
+        """
+        return cls()
 
     @property
     def label(self) -> str:
