@@ -32,12 +32,24 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         *("losses", "metrics", "plots"),
     ),
     # 2
-    ("models", "models.base", "models.convnet", "models.weights"),
+    (
+        "models",
+        "models.base",
+        "models.stages",
+        "models.convnet",
+        "models.borzoi",
+        "models.enformer",
+        "models.params",
+        "models.weights",
+    ),
+    ("models.baskerville", "models.huggingface"),
     # 3
     ("adapters", "adapters.base", "adapters.files", "adapters.freeze", "adapters.lora", "adapters.bottleneck"),
+    ("adapters.baskerville",),
     # 4
     ("regions", "scoring"),
     ("predict", "objectives"),
+    ("cache",),
     # 5
     ("train", "baselines", "genes", "output"),
     ("controls",),
@@ -62,7 +74,7 @@ BASES = {
     "data": {
         *("data.augment", "data.dataset", "data.duplicates", "data.folds", "data.labels", "data.tables", "data.tiles"),
     },
-    "models": {"models.base"},
+    "models": {"models.base", "models.stages"},
     "adapters": {"adapters.base"},
     "report": {"report.page", "report.scores"},
 }
@@ -71,7 +83,8 @@ REGISTRIES = {"data", "models", "models.weights", "adapters", "report"}
 DOORS: dict[str, set[str]] = {
     "accelerate": {"train"},
     "bitsandbytes": {"adapters.lora"},
-    "h5py": {"models.weights"},
+    "h5py": {"models.baskerville"},
+    "huggingface_hub": {"models.huggingface"},
     "jinja2": {"report"},
     "matplotlib": {"plots"},
     "peft": {"adapters.lora"},

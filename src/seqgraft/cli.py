@@ -136,6 +136,8 @@ def fit(
             f"{folder}: the best validation score is {result.best_score:.4f}, "
             f"in epoch {result.best_epoch} of {result.epochs} ({result.seconds:.0f} s)."
         )
+        if parsed.train.cache != "off":
+            _say(f"Cache: {result.cache}.")
 
 
 @app.command()

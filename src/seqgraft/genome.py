@@ -27,6 +27,7 @@ __all__ = [
     "Genome",
     "Interval",
     "Variant",
+    "cache_folder",
     "match_chroms",
     "read_bed",
     "read_bed_table",
@@ -123,7 +124,7 @@ class Genome:
         path = Path(fasta).absolute()
         if not path.is_file():
             raise DataError("the FASTA file does not exist", where=path, remedy="Check the path")
-        folder = cache if cache is not None else _cache_folder() / "genomes"
+        folder = cache if cache is not None else cache_folder() / "genomes"
         try:
             folder.mkdir(parents=True, exist_ok=True)
             key = _content_hash(path, folder)
@@ -189,7 +190,8 @@ def match_chroms(names: Iterable[str], genome: Genome | Mapping[str, int], where
         raise DataError("the genome has no chromosome", name, where=where, remedy=remedy)
 
 
-def _cache_folder() -> Path:
+def cache_folder() -> Path:
+    """``$SEQGRAFT_CACHE``, or the user's cache folder."""
     if own := os.environ.get("SEQGRAFT_CACHE"):
         return Path(own)
     default = Path.home() / ("Library/Caches" if sys.platform == "darwin" else ".cache")

@@ -8,7 +8,7 @@ import shutil
 import time
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from seqgraft.adapters import Counts, adapt
+from seqgraft.cache import Choice
 from seqgraft.data.dataset import Dataset
 from seqgraft.data.duplicates import duplicates_in_words
 from seqgraft.data.folds import exposure, read_trunk_folds
@@ -28,7 +29,7 @@ from seqgraft.models.weights import find_model
 from seqgraft.predict import autocast
 from seqgraft.run import build_run, label_of, objective_of
 from seqgraft.scoring import Scorecard
-from seqgraft.train import parameter_groups
+from seqgraft.train import cache_choice, parameter_groups
 
 __all__ = ["MAX_EXPOSURE", "Cost", "Plan", "parse_memory", "plan_run", "test_exposure"]
 
@@ -110,6 +111,10 @@ def plan_run(experiment: Experiment, folder: Path | None = None, memory: int | N
     except SeqgraftError as error:  # a loss that does not suit the targets shows in the first step
         return Plan(experiment, [*problems, error], facts)
     facts |= _describe_cost(experiment, dataset, cost, memory)
+    try:
+        facts["cache"] = _describe_cache(experiment, dataset, model, cost)
+    except SeqgraftError as error:
+        problems.append(error)
     if memory is not None and cost.largest_batch(memory) < experiment.train.batch_size:
         fits = cost.largest_batch(memory)
         remedy = (
@@ -261,6 +266,28 @@ def _describe_cost(experiment: Experiment, dataset: Dataset, cost: Cost, memory:
             "time there was not measured"
         )
     return facts
+
+
+def _describe_cache(experiment: Experiment, dataset: Dataset, model: SequenceModel, cost: Cost) -> str:
+    """What ``train.cache`` will do; where it is off, what it could."""
+    config, rows, valid = experiment.train, dataset.rows("train"), dataset.rows("valid")
+    if config.cache != "off":
+        choice = cache_choice(model, dataset, config, rows, valid)
+        return choice.in_words + _gain(choice, cost, len(rows), len(valid))
+    possible = cache_choice(model, dataset, replace(config, cache="float16", cache_gb=1e9), rows, valid)
+    if not possible.used:
+        return f"off, and there is nothing to keep: {possible.reason}"
+    return f"off; train.cache could keep {possible.in_words}{_gain(possible, cost, len(rows), len(valid))}"
+
+
+def _gain(choice: Choice, cost: Cost, rows: int, valid: int) -> str:
+    """How much shorter an epoch is when all of its views are kept; a validation row takes a third of a training row."""
+    if not choice.used:
+        return ""
+    before = (rows + valid / 3) * cost.seconds_per_row
+    after = before - rows * choice.seconds - valid * min(choice.seconds, cost.seconds_per_row / 3)
+    times = before / after if after > before / 20 else 20
+    return f"; an epoch that finds all of them takes {'' if times < 20 else 'more than '}{times:.1f} times less time"
 
 
 def _check_folder(folder: Path, counts: Counts) -> list[SeqgraftError]:

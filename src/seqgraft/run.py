@@ -160,7 +160,7 @@ def fit_run(experiment: Experiment, folder: Path, *, resume: bool = False) -> Fi
 
 def _check_resumed(experiment: Experiment, before: Experiment, folder: Path) -> None:
     """A run goes on as it began; only how it is scored, and what does not change the result, may be another."""
-    free = {"patience", "save_minutes", "tracker"}
+    free = {"patience", "save_minutes", "tracker", "cache_gb"}
     named = [(name, getattr(experiment, name), getattr(before, name)) for name in ("model", "adapter", "loss")]
     for name in sorted(TrainConfig.__dataclass_fields__.keys() - free):
         named.append((f"train.{name}", getattr(experiment.train, name), getattr(before.train, name)))

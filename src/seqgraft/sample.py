@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
@@ -24,6 +24,8 @@ class Sample:
         targets: squashed targets, float32 ``(batch, tracks, bins)``; zero where the mask is False.
         mask: bool, same shape as ``targets``: True where a target is known.
         covariates: named values that a head may use, float32 ``(batch, values)``.
+        halfway: what the frozen stages make of the codes (``models.base.Halfway``), or None; a model starts from there.
+            Whoever changes the codes of a sample drops it.
     """
 
     codes: Tensor
@@ -32,6 +34,7 @@ class Sample:
     targets: Tensor
     mask: Tensor
     covariates: Mapping[str, Tensor] = field(default_factory=dict)
+    halfway: Any = None
 
     def __len__(self) -> int:
         return int(self.codes.shape[0])
@@ -45,4 +48,5 @@ class Sample:
             targets=self.targets.to(device),
             mask=self.mask.to(device),
             covariates={name: values.to(device) for name, values in self.covariates.items()},
+            halfway=None if self.halfway is None else self.halfway.to(device),
         )

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from seqgraft.adapters.base import adapted_of, check_frozen, check_gradients
 from seqgraft.adapters.base import parameter_groups as adapter_groups
+from seqgraft.cache import ActivationCache, CacheMode, CacheSettings, Choice, choose
 from seqgraft.data.augment import FORWARD, Augmentation
 from seqgraft.data.dataset import Dataset
 from seqgraft.errors import ConfigError, ModelError, RunError
@@ -66,6 +67,9 @@ class TrainConfig:
         seed: of everything random.
         save_minutes: how often a checkpoint is written within an epoch.
         tracker: "tensorboard", "wandb" or any other that accelerate knows, beside log.csv.
+        cache: keep on disk what the frozen stages before the first that trains make of each region and view: "off",
+            "float16" or "float32" for the storage, "auto" to measure whether it pays. One process only.
+        cache_gb: most disk space for that, in GB of 2**30 bytes.
     """
 
     epochs: int = 20
@@ -86,12 +90,14 @@ class TrainConfig:
     seed: int = 1
     save_minutes: float = 5.0
     tracker: str | None = None
+    cache: CacheMode = "off"
+    cache_gb: float = 50.0
 
     def __post_init__(self) -> None:
         for name, low in (("epochs", 1), ("batch_size", 1), ("accumulate", 1), ("patience", 0), ("seed", 0)):
             if getattr(self, name) < low:
                 raise ConfigError(f"must be {low} or more", getattr(self, name), where=f"train.{name}")
-        for name in ("weight_decay", "save_minutes"):
+        for name in ("weight_decay", "save_minutes", "cache_gb"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ConfigError("must be 0 or more", getattr(self, name), where=f"train.{name}")
         for name in ("lr", "head_lr", "trunk_lr", "clip"):
@@ -104,7 +110,7 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class FitResult:
-    """What training ended with; the model holds the best weights."""
+    """What training ended with; the model holds the best weights. ``cache`` says what became of ``train.cache``."""
 
     best_score: float
     best_epoch: int
@@ -112,6 +118,7 @@ class FitResult:
     steps: int
     seconds: float
     peak_memory_bytes: int
+    cache: str = ""
 
 
 @dataclass
@@ -146,7 +153,7 @@ def fit(
         resume: continue from ``checkpoints/last.safetensors`` if there is one.
 
     Raises:
-        ConfigError: a fold is empty, or the metric does not suit the tracks.
+        ConfigError: a fold is empty, the metric does not suit the tracks, or the cache is too small.
         ModelError: a trainable tensor gets no gradient, or the loss is not finite.
         RunError: the checkpoint belongs to another experiment, or cannot be written.
     """
@@ -159,13 +166,15 @@ def fit(
     world, rank = accelerator.num_processes, accelerator.process_index
     step_rows = config.batch_size * config.accumulate * world
     steps_per_epoch = len(objective.batches(rows, step_rows, config.seed, 0))
+    last = folder / "checkpoints" / "last.safetensors"
+    choice = cache_choice(model, dataset, config, rows, valid_rows, world, _cache_before(last) if resume else None)
+    cache = ActivationCache.open(model, dataset, choice, config.precision, config.augment) if choice.used else None
     optimizer = torch.optim.AdamW(parameter_groups(model, config))
     _start_optimizer(optimizer)
     state = _Progress()
     torch.manual_seed(config.seed)
     checkpoints = _new_checkpoints(folder)
-    last = checkpoints / "last.safetensors"
-    identity = _identity(model, objective, config, dataset, world)
+    identity = _identity(model, objective, config, dataset, world) | {"cache": choice.identity}
     if resume and last.exists():
         state = _load_checkpoint(last, model, optimizer, identity)
         if accelerator.is_main_process and state.log:  # a kill may have come between the checkpoint and its line
@@ -185,7 +194,7 @@ def fit(
         )
         for number in bar:
             _set_learning_rates(optimizer, config, state.total_steps, steps_per_epoch * config.epochs)
-            micro = list(_micro_batches(dataset, batches[number], config, state.epoch, world, rank, device))
+            micro = list(_micro_batches(dataset, batches[number], config, state.epoch, world, rank, device, cache))
             loss, weights = _step(accelerator, wrapped, model, optimizer, objective, micro, config)
             if not math.isfinite(loss):
                 raise ModelError(
@@ -207,7 +216,7 @@ def fit(
                 state.seconds, saved = time.monotonic() - began, time.monotonic()
                 _save_checkpoint(last, model, optimizer, identity, state)
         if accelerator.is_main_process:
-            valid_loss, score = validate(model, dataset, valid_rows, objective, config)
+            valid_loss, score = validate(model, dataset, valid_rows, objective, config, cache)
         else:
             valid_loss = score = 0.0
         valid_loss, score = _from_main(accelerator, valid_loss, score)
@@ -240,8 +249,39 @@ def fit(
     _copy_tensors(trainable_state(model), best, checkpoints / "best.safetensors")
     model.eval()
     return FitResult(
-        state.best_score, state.best_epoch, state.epoch, state.total_steps, state.seconds, _peak_memory(device)
+        state.best_score,
+        state.best_epoch,
+        state.epoch,
+        state.total_steps,
+        state.seconds,
+        _peak_memory(device),
+        choice.in_words,
     )
+
+
+def cache_choice(
+    model: SequenceModel,
+    dataset: Dataset,
+    config: TrainConfig,
+    rows: npt.NDArray[np.int64],
+    valid_rows: npt.NDArray[np.int64],
+    world: int = 1,
+    before: str | None = None,
+) -> Choice:
+    """What ``config.cache`` means for an adapted model; ``before`` is what the run that is resumed began with.
+
+    Raises:
+        ConfigError: a storage type was asked for and there are several processes, or too little of ``cache_gb``.
+    """
+    if world > 1 and config.cache in ("float16", "float32"):
+        remedy = "Use train.cache: off, or train in one process"
+        raise ConfigError(
+            "the cache is filled by one process, and there are", world, where="train.cache", remedy=remedy
+        )
+    if world > 1 and config.cache == "auto":
+        return Choice(None, reason=f"there are {world} processes")
+    settings = CacheSettings(config.cache, config.cache_gb, config.epochs, config.precision, config.augment)
+    return choose(model, dataset, rows, valid_rows, settings, before)
 
 
 def parameter_groups(model: SequenceModel, config: TrainConfig) -> list[dict[str, Any]]:
@@ -261,7 +301,12 @@ def parameter_groups(model: SequenceModel, config: TrainConfig) -> list[dict[str
 
 
 def validate(
-    model: SequenceModel, dataset: Dataset, rows: npt.NDArray[np.int64], objective: Objective, config: TrainConfig
+    model: SequenceModel,
+    dataset: Dataset,
+    rows: npt.NDArray[np.int64],
+    objective: Objective,
+    config: TrainConfig,
+    cache: ActivationCache | None = None,
 ) -> tuple[float, float]:
     """Loss and score (higher is better) of ``rows``; the model's mode is left as it was.
 
@@ -279,6 +324,8 @@ def validate(
         for start in range(0, len(rows), config.batch_size):
             chosen = rows[start : start + config.batch_size]
             sample = dataset.sample(chosen).to(device)
+            if cache is not None:
+                sample = cache.attach(sample)
             with autocast(config.precision, device):
                 values = model(sample)
             total = total + objective(_Given(values), sample)
@@ -342,6 +389,7 @@ def _micro_batches(
     world: int,
     rank: int,
     device: torch.device,
+    cache: ActivationCache | None = None,
 ) -> Iterator[Sample]:
     """This process's share of a step's rows in micro-batches, as many on every process and none above ``batch_size``.
 
@@ -360,7 +408,7 @@ def _micro_batches(
         sample = dataset.sample(chosen, views).to(device)
         if empty:
             sample.mask.zero_()
-        yield sample
+        yield cache.attach(sample, views) if cache is not None else sample
 
 
 def _set_learning_rates(optimizer: torch.optim.Optimizer, config: TrainConfig, step: int, steps: int) -> None:
@@ -435,14 +483,25 @@ def _identity(
 ) -> dict[str, Any]:
     """What must be equal for a run to be continued."""
     adapted = adapted_of(model)
+    free = ("save_minutes", "tracker", "patience", "cache", "cache_gb")  # what the cache became is apart
     return {
-        "train": {k: v for k, v in asdict(config).items() if k not in ("save_minutes", "tracker", "patience")},
+        "train": {k: v for k, v in asdict(config).items() if k not in free},
         "dataset": dataset.hash,
         "adapter": repr(adapted.adapter),
         "weights": dict(adapted.base),
         "objective": [type(objective).__name__, *objective.terms],
         "processes": world,
     }
+
+
+def _cache_before(last: Path) -> str | None:
+    """What the checkpoint's run made of the cache; None where there is no checkpoint, or none that can be read."""
+    try:
+        with safe_open(last, framework="pt") as file:
+            identity = json.loads(json.loads((file.metadata() or {})["identity"]))
+    except (SafetensorError, OSError, KeyError, TypeError, json.JSONDecodeError):
+        return None  # loading it says what is wrong
+    return str(identity.get("cache", "off"))
 
 
 def _save_checkpoint(
