@@ -395,7 +395,8 @@ def _rows(
 ) -> pd.DataFrame:
     """A row per unit, then their mean with track ""; undefined values say why."""
     shared = {"model": model, "fold": fold, "group": card.group, "metric": card.metric, "n": len(blocks), "unit": unit}
-    scores = card.scores() if card.metric in METRICS else [None] * len(card.units)
+    # "forgetting", "pearson_across_regions" and the like are Pearsons of something else
+    scores = card.statistics.scores(card.metric if card.metric in METRICS else "pearson")
     rows = [
         {
             **shared,
@@ -403,7 +404,7 @@ def _rows(
             "value": value,
             "low": low,
             "high": high,
-            "note": note or (score.reason if score else ""),
+            "note": note or score.reason,
         }
         for unit_name, value, low, high, score in zip(
             card.units, estimate.value, estimate.low, estimate.high, scores, strict=True
