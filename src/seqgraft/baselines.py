@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from scipy import sparse
-from sklearn.linear_model import LogisticRegression, Ridge
 
 from seqgraft.errors import ConfigError, DataError
 from seqgraft.tracks import TrackTable
@@ -196,6 +195,8 @@ def _best(strengths: Sequence[float], fit: Callable[[float], tuple[float, Array]
 
 
 def _logistic(parts: Sequence[Any], y_train: Array, y_valid: Array, settings: KmerSettings) -> Array | None:
+    from sklearn.linear_model import LogisticRegression  # slow to import, and for labels alone
+
     """Probabilities ``(test rows, K)`` of targets ``(rows, K)``; None if training has one class only."""
     true, check = _classes(y_train), _classes(y_valid)
     present = np.unique(true[np.isfinite(true)])
@@ -217,6 +218,8 @@ def _logistic(parts: Sequence[Any], y_train: Array, y_valid: Array, settings: Km
 
 
 def _ridge(parts: Sequence[Any], y_train: Array, y_valid: Array, settings: KmerSettings) -> Array | None:
+    from sklearn.linear_model import Ridge  # slow to import, and for labels alone
+
     """Predictions ``(test rows, 1)`` of one track ``(rows, 1)``; None with fewer than two training rows."""
     rows, checks = np.isfinite(y_train[:, 0]), np.isfinite(y_valid[:, 0])
     if rows.sum() < 2:
