@@ -195,9 +195,9 @@ def _best(strengths: Sequence[float], fit: Callable[[float], tuple[float, Array]
 
 
 def _logistic(parts: Sequence[Any], y_train: Array, y_valid: Array, settings: KmerSettings) -> Array | None:
+    """Probabilities ``(test rows, K)`` of targets ``(rows, K)``; None if training has one class only."""
     from sklearn.linear_model import LogisticRegression  # slow to import, and for labels alone
 
-    """Probabilities ``(test rows, K)`` of targets ``(rows, K)``; None if training has one class only."""
     true, check = _classes(y_train), _classes(y_valid)
     present = np.unique(true[np.isfinite(true)])
     if len(present) < 2:
@@ -218,9 +218,9 @@ def _logistic(parts: Sequence[Any], y_train: Array, y_valid: Array, settings: Km
 
 
 def _ridge(parts: Sequence[Any], y_train: Array, y_valid: Array, settings: KmerSettings) -> Array | None:
+    """Predictions ``(test rows, 1)`` of one track ``(rows, 1)``; None with fewer than two training rows."""
     from sklearn.linear_model import Ridge  # slow to import, and for labels alone
 
-    """Predictions ``(test rows, 1)`` of one track ``(rows, 1)``; None with fewer than two training rows."""
     rows, checks = np.isfinite(y_train[:, 0]), np.isfinite(y_valid[:, 0])
     if rows.sum() < 2:
         return None
