@@ -548,7 +548,7 @@ def _genes(
     if dataset.genome is None or dataset.info.bins == 1:
         raise ConfigError("gene-level scores need coverage over a genome", str(genes.gtf), where="evaluate.genes")
     exons = read_gtf(genes.gtf, rename=genes.rename)
-    match_chroms(exons["chrom"].unique(), dataset.genome, genes.gtf)
+    match_chroms(exons["chrom"].unique(), dataset.genome, genes.gtf, more=True)
     info, settings = dataset.info, genes.settings
     found = gene_bins(exons, dataset.regions.iloc[rows], info.bins, info.bin_size, settings)
     signals = signal_table(dataset.tracks)
