@@ -201,6 +201,17 @@ def test_cache_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, fasta: Pa
         assert list((tmp_path / "xdg" / "seqgraft" / "genomes").glob("*.json"))
 
 
+def test_a_file_may_have_contigs_that_the_genome_lacks() -> None:
+    genome = {"chr1": 5, "chr2": 5}
+    match_chroms(["chr1", "scaffold_7"], genome, "genes.gtf", more=True)
+    with pytest.raises(DataError, match="scaffold_7"):
+        match_chroms(["chr1", "scaffold_7"], genome, "genes.gtf")
+    with pytest.raises(DataError, match="scaffold_7"):
+        match_chroms(["scaffold_7"], genome, "genes.gtf", more=True)
+    with pytest.raises(DataError, match=r"'2'.*rename: \{'2': 'chr2'\}"):
+        match_chroms(["chr1", "2"], genome, "genes.gtf", more=True)
+
+
 def test_match_chroms() -> None:
     match_chroms(["chr1", "chrM"], {"chr1": 5, "chrM": 5}, "here")
     with pytest.raises(DataError, match=r"a.bed: the genome has no chromosome: '8'.*rename: \{'8': 'chr8'\}"):

@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from scipy import sparse
-from sklearn.linear_model import LogisticRegression, Ridge
 
 from seqgraft.errors import ConfigError, DataError
 from seqgraft.tracks import TrackTable
@@ -197,6 +196,8 @@ def _best(strengths: Sequence[float], fit: Callable[[float], tuple[float, Array]
 
 def _logistic(parts: Sequence[Any], y_train: Array, y_valid: Array, settings: KmerSettings) -> Array | None:
     """Probabilities ``(test rows, K)`` of targets ``(rows, K)``; None if training has one class only."""
+    from sklearn.linear_model import LogisticRegression  # slow to import, and for labels alone
+
     true, check = _classes(y_train), _classes(y_valid)
     present = np.unique(true[np.isfinite(true)])
     if len(present) < 2:
@@ -218,6 +219,8 @@ def _logistic(parts: Sequence[Any], y_train: Array, y_valid: Array, settings: Km
 
 def _ridge(parts: Sequence[Any], y_train: Array, y_valid: Array, settings: KmerSettings) -> Array | None:
     """Predictions ``(test rows, 1)`` of one track ``(rows, 1)``; None with fewer than two training rows."""
+    from sklearn.linear_model import Ridge  # slow to import, and for labels alone
+
     rows, checks = np.isfinite(y_train[:, 0]), np.isfinite(y_valid[:, 0])
     if rows.sum() < 2:
         return None

@@ -28,6 +28,7 @@ from seqgraft.metrics import METRICS
 from seqgraft.models.weights import ModelConfig
 from seqgraft.oracle import motif_difference, oracle
 from seqgraft.plan import plan_run
+from seqgraft.predict import predict
 from seqgraft.report import write_comparison
 from seqgraft.run import build_run, evaluate_run, fit_run, open_run
 from seqgraft.sample import Sample
@@ -75,9 +76,11 @@ def run_demo(folder: Path, say: Callable[[str], None]) -> Path:
         result = fit_run(experiment, folder / "runs" / name)
         say(f"     {name}: best validation score {result.best_score:.3f}, {result.seconds:.0f} s")
     say("5/6  Evaluating on chromosomes that no model has seen, beside baselines and the oracle.")
-    truth_values = {"oracle": _oracle(truth, dataset, dataset.rows("test"))}
+    rows = dataset.rows("test")
+    untrained, _ = build_run(experiments["lora"], dataset)
+    beside = {"oracle": _oracle(truth, dataset, rows), "untrained head": predict(untrained, dataset, rows)}
     for name in experiments:
-        metrics = evaluate_run(folder / "runs" / name, extra=truth_values).metrics
+        metrics = evaluate_run(folder / "runs" / name, extra=beside).metrics
         shown = metrics[(metrics["metric"] == "pearson") & (metrics["track"] == "") & (metrics["unit"] == "squashed")]
         for row in (shown if name == "lora" else shown.groupby("group").head(1)).to_dict("records"):
             interval = f"{row['value']:.3f} ({row['low']:.3f} to {row['high']:.3f})"
@@ -139,7 +142,7 @@ def score_variants(truth: Truth, folder: Path) -> pd.DataFrame:
         return change
 
     def model_of(model: torch.nn.Module) -> Callable[[npt.NDArray[np.uint8]], npt.NDArray[np.floating]]:
-        def predict(codes: npt.NDArray[np.uint8]) -> npt.NDArray[np.floating]:
+        def of_codes(codes: npt.NDArray[np.uint8]) -> npt.NDArray[np.floating]:
             parts = []
             for start in range(0, len(codes), 32):
                 batch = torch.from_numpy(np.ascontiguousarray(codes[start : start + 32]))
@@ -150,7 +153,7 @@ def score_variants(truth: Truth, folder: Path) -> pd.DataFrame:
                     parts.append(model.predict(sample).numpy())  # type: ignore[operator]
             return np.concatenate(parts)
 
-        return predict
+        return of_codes
 
     margin = (WINDOW - TARGET) // 2 // BIN
     conditions = truth.simulation.conditions

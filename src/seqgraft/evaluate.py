@@ -395,7 +395,8 @@ def _rows(
 ) -> pd.DataFrame:
     """A row per unit, then their mean with track ""; undefined values say why."""
     shared = {"model": model, "fold": fold, "group": card.group, "metric": card.metric, "n": len(blocks), "unit": unit}
-    scores = card.scores() if card.metric in METRICS else [None] * len(card.units)
+    # "forgetting", "pearson_across_regions" and the like are Pearsons of something else
+    scores = card.statistics.scores(card.metric if card.metric in METRICS else "pearson")
     rows = [
         {
             **shared,
@@ -403,7 +404,7 @@ def _rows(
             "value": value,
             "low": low,
             "high": high,
-            "note": note or (score.reason if score else ""),
+            "note": note or score.reason,
         }
         for unit_name, value, low, high, score in zip(
             card.units, estimate.value, estimate.low, estimate.high, scores, strict=True
@@ -547,7 +548,7 @@ def _genes(
     if dataset.genome is None or dataset.info.bins == 1:
         raise ConfigError("gene-level scores need coverage over a genome", str(genes.gtf), where="evaluate.genes")
     exons = read_gtf(genes.gtf, rename=genes.rename)
-    match_chroms(exons["chrom"].unique(), dataset.genome, genes.gtf)
+    match_chroms(exons["chrom"].unique(), dataset.genome, genes.gtf, more=True)
     info, settings = dataset.info, genes.settings
     found = gene_bins(exons, dataset.regions.iloc[rows], info.bins, info.bin_size, settings)
     signals = signal_table(dataset.tracks)

@@ -172,13 +172,22 @@ class Genome:
         return codes
 
 
-def match_chroms(names: Iterable[str], genome: Genome | Mapping[str, int], where: object) -> None:
+def match_chroms(
+    names: Iterable[str], genome: Genome | Mapping[str, int], where: object, *, more: bool = False
+) -> None:
     """Check that every name is a contig of the genome.
+
+    Args:
+        more: the file may have contigs that the genome lacks (patches, scaffolds), as long as some are shared and it
+            is not only "chr" that is in the way.
 
     Raises:
         DataError: names the first one that is not, and how to rename it if only "chr" is in the way.
     """
     chroms = genome.chroms if isinstance(genome, Genome) else genome
+    names = list(names)
+    if more and any(name in chroms for name in names):
+        names = [name for name in names if {name.removeprefix("chr"), f"chr{name}"} & chroms.keys()]
     for name in names:
         if name in chroms:
             continue

@@ -184,9 +184,7 @@ class TrackTable:
         """Strand of each track: "+" or "-" by the ending of a paired track's name, "." without a partner, else "?"."""
         found = []
         for name, pair in zip(self.frame["name"], self.frame["strand_pair"], strict=True):
-            ends = [
-                sign for ends in STRAND_ENDINGS for end, sign in zip(ends, "+-", strict=True) if name.endswith(end)
-            ]
+            ends = [sign for ends in STRAND_ENDINGS for end, sign in zip(ends, "+-", strict=True) if name.endswith(end)]
             found.append("." if name == pair else ends[0] if ends else "?")
         return found
 

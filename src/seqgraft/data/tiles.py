@@ -67,10 +67,7 @@ def read_spans(path: Path | None, genome: Genome, rename: Mapping[str, str], mar
     if path is None:
         return {}
     table = read_placed_bed(path, genome, rename)
-    names = set(table["chrom"])
-    unknown = names - genome.chroms.keys()
-    twins = {name for name in unknown if {name.removeprefix("chr"), f"chr{name}"} & genome.chroms.keys()}
-    match_chroms(sorted(unknown if unknown == names else twins), genome, path)
+    match_chroms(sorted(set(table["chrom"])), genome, path, more=True)
     spans = {}
     for chrom, rows in table.groupby("chrom", sort=False):
         merged: list[list[int]] = []
