@@ -20,7 +20,7 @@ from seqgraft.bigwig import runs as runs_of
 from seqgraft.bigwig import write_bigwig
 from seqgraft.data import open_dataset
 from seqgraft.genome import Interval
-from seqgraft.models.weights import find_model
+from seqgraft.models.weights import TRUNKS, find_model
 from seqgraft.run import open_run
 from seqgraft.sequence import decode
 from seqgraft.tracks import read_bins
@@ -30,6 +30,7 @@ COMMANDS = (
     "simulate",
     "prepare",
     "retrack",
+    "convert",
     "plan",
     "fit",
     "evaluate",
@@ -98,7 +99,24 @@ def test_wrong_use_is_no_traceback(seqgraft: Command) -> None:
 
 def test_models(seqgraft: Command) -> None:
     shown = done(seqgraft("models"))
-    assert "Architectures with random weights: convnet." in shown
+    assert f"Architectures with random weights: {', '.join(TRUNKS)}." in shown
+
+
+def test_published_weights_become_a_model(shared: Path, tmp_path: Path, seqgraft: Command) -> None:
+    pytest.importorskip("h5py")
+    files, out = shared / "reference" / "parity" / "trained_0.6M", tmp_path / "small"
+    named = ("--name", "small", "--licence", "Apache-2.0")
+    code, _, err = seqgraft("convert", files / "model.h5", out, *named)
+    assert code == 2
+    assert "--params" in err
+    table = ("--params", files / "params.json", "--targets", files / "targets.txt")
+    assert "model: {name:" in done(seqgraft("convert", files / "model.h5", out, *named, *table))
+    found = find_model(str(out))
+    assert found is not None
+    assert len(found.tracks) == 74
+    code, _, err = seqgraft("convert", tmp_path / "absent", tmp_path / "other", *named)
+    assert code in (2, 4)
+    assert "absent" in err
 
 
 # A whole run

@@ -215,6 +215,37 @@ def export(
 
 
 @app.command()
+def convert(
+    source: Annotated[str, typer.Argument(help="A Baskerville .h5 file, or a local folder or hub id of Enformer.")],
+    out: Annotated[Path, typer.Argument(help="New model folder.")],
+    name: Annotated[str, typer.Option(help="The model's name.")],
+    licence: Annotated[str, typer.Option(help="Licence of the weights.")],
+    citation: Annotated[str, typer.Option(help="How to cite them (.h5).")] = "",
+    params: Annotated[Path | None, typer.Option(help="params.json of the network (.h5).")] = None,
+    targets: Annotated[Path | None, typer.Option(help="targets.txt, for the tracks' names and scales (.h5).")] = None,
+    revision: Annotated[str | None, typer.Option(help="Pinned revision (hub id).")] = None,
+) -> None:
+    """Turn published weights into a model folder that 'model.name' accepts."""
+    from seqgraft.errors import ConfigError
+
+    if source.endswith(".h5"):
+        from seqgraft.models.baskerville import convert_baskerville
+
+        if params is None:
+            remedy = "Pass --params params.json, which lies beside the weights"
+            raise ConfigError("the file of weights does not say how the network is built", source, remedy=remedy)
+        report = convert_baskerville(source, params, out, targets, name=name, licence=licence, citation=citation)
+        count = len(report.matched)
+    else:
+        from seqgraft.models.huggingface import convert_enformer, load_enformer
+
+        loaded = load_enformer(source, revision=revision)
+        convert_enformer(loaded, out, name=name, licence=licence, source=source, revision=revision)
+        count = len(loaded.report.matched)
+    _say(f"{out}: {count} tensors of {source} are there. Use it with model: {{name: {out}}}.")
+
+
+@app.command()
 def models() -> None:
     """The models that come with the package, and the architectures."""
     from seqgraft.models.weights import TRUNKS, bundled_models
