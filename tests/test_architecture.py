@@ -31,6 +31,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         *("data.tiles", "data.labelled", "data.peaks", "data.coverage", "data.simulate"),
         *("losses", "metrics", "plots"),
     ),
+    (*("intervals",),),
     # 2
     (
         "models",

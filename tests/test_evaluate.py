@@ -20,7 +20,7 @@ from seqgraft.data.dataset import Dataset, DatasetInfo, open_dataset, write_data
 from seqgraft.errors import ConfigError, DataError
 from seqgraft.evaluate import EvaluateConfig, Evaluation, GenesConfig, compare_runs, evaluate_model
 from seqgraft.genes import GeneSettings
-from seqgraft.metrics import segment_blocks
+from seqgraft.intervals import segment_blocks
 from seqgraft.models.base import SequenceModel
 from seqgraft.models.weights import ModelConfig, build_model, build_pretrained, save_model
 from seqgraft.predict import predict

@@ -8,21 +8,8 @@ from scipy import stats
 from sklearn import metrics as reference
 
 from seqgraft.errors import DataError
-from seqgraft.metrics import (
-    METRICS,
-    Accumulator,
-    Confusion,
-    Moments,
-    Values,
-    bootstrap_interval,
-    centre_tracks,
-    mean_score,
-    paired_bootstrap,
-    region_means,
-    replicate_ceiling,
-    segment_blocks,
-    spearman_brown,
-)
+from seqgraft.intervals import bootstrap_interval, paired_bootstrap, replicate_ceiling, segment_blocks, spearman_brown
+from seqgraft.metrics import METRICS, Accumulator, Confusion, Moments, Values, centre_tracks, mean_score, region_means
 
 OF = {"moments": Moments.of, "values": Values.of, "confusion": Confusion.of_tracks}
 REFERENCE = {

@@ -32,16 +32,8 @@ from seqgraft.genes import (
     signal_table,
 )
 from seqgraft.genome import match_chroms, read_gtf
-from seqgraft.metrics import (
-    METRICS,
-    Estimate,
-    Moments,
-    bootstrap_interval,
-    centre_tracks,
-    paired_bootstrap,
-    region_means,
-    segment_blocks,
-)
+from seqgraft.intervals import Estimate, bootstrap_interval, paired_bootstrap, segment_blocks
+from seqgraft.metrics import METRICS, Moments, centre_tracks, region_means
 from seqgraft.models.base import SequenceModel
 from seqgraft.models.weights import ModelConfig, build_pretrained
 from seqgraft.predict import FORWARD_ONLY, predict

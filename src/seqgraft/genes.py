@@ -24,7 +24,8 @@ import numpy.typing as npt
 import pandas as pd
 
 from seqgraft.errors import ConfigError, DataError
-from seqgraft.metrics import Moments, Values, bootstrap_interval, replicate_ceiling, spearman_brown
+from seqgraft.intervals import bootstrap_interval, replicate_ceiling, spearman_brown
+from seqgraft.metrics import Moments, Values
 from seqgraft.tracks import STRAND_ENDINGS, TrackTable
 
 __all__ = [
