@@ -134,6 +134,40 @@ class _Progress:
     seconds: float = 0.0
     log: list[dict[str, float]] = field(default_factory=list)
 
+    def end_epoch(self, steps: int, valid_loss: float, score: float, lr: float) -> bool:
+        """Writes the epoch's line and turns to the next one; whether this one is the best so far."""
+        self.log.append(
+            {
+                "epoch": self.epoch + 1,
+                "step": self.total_steps,
+                "train_loss": self.loss / steps,
+                "valid_loss": valid_loss,
+                "valid_score": score,
+                "lr": lr,
+                "seconds": self.seconds,
+            }
+        )
+        better = score > self.best_score or self.best_epoch < 0
+        if better:
+            self.best_score, self.best_epoch = score, self.epoch + 1
+        self.epoch, self.step, self.loss = self.epoch + 1, 0, 0.0
+        return better
+
+
+class _GradientGuard:
+    """Looks at the gradients of the first optimiser steps."""
+
+    def __init__(self, model: SequenceModel) -> None:
+        self._model, self._checks = model, 0
+        # the gradient of a bias may be zero for good, as in a difference of two predictions
+        self._alive = {name for name, _ in model.named_parameters() if name.endswith("bias")}
+
+    def check(self, weights: Tensor) -> None:
+        """After a backward pass whose terms had these weights: a head without targets has no gradient."""
+        if self._checks < _GRADIENT_CHECKS and bool((weights > 0).all()):
+            self._checks += 1
+            self._alive = check_gradients(self._model, self._alive, last=self._checks == _GRADIENT_CHECKS)
+
 
 def fit(
     model: SequenceModel,
@@ -181,8 +215,7 @@ def fit(
             _write_log(folder / "log.csv", state.log)
     model.trunk.checkpointing = config.checkpointing
     wrapped = accelerator.prepare_model(model) if world > 1 else model
-    # the gradient of a bias may be zero for good, as in a difference of two predictions
-    checks, alive = 0, {name for name, _ in model.named_parameters() if name.endswith("bias")}
+    guard = _GradientGuard(model)
     began, saved = time.monotonic() - state.seconds, time.monotonic()
     while state.epoch < config.epochs and not _out_of_patience(state, config):
         batches = objective.batches(rows, step_rows, config.seed, state.epoch)
@@ -197,22 +230,16 @@ def fit(
             micro = list(_micro_batches(dataset, batches[number], config, state.epoch, world, rank, device, cache))
             loss, weights = _step(accelerator, wrapped, model, optimizer, objective, micro, config)
             if not math.isfinite(loss):
-                raise ModelError(
-                    "the loss is not finite",
-                    loss,
-                    where=f"epoch {state.epoch + 1}, step {number + 1}",
-                    remedy="Lower train.lr, or use precision: float32",
+                where, remedy = (
+                    f"epoch {state.epoch + 1}, step {number + 1}",
+                    "Lower train.lr, or use precision: float32",
                 )
-            if checks < _GRADIENT_CHECKS and bool((weights > 0).all()):  # a head without targets has no gradient
-                checks += 1
-                alive = check_gradients(model, alive, last=checks == _GRADIENT_CHECKS)
+                raise ModelError("the loss is not finite", loss, where=where, remedy=remedy)
+            guard.check(weights)
             optimizer.step()
             state.step, state.total_steps, state.loss = number + 1, state.total_steps + 1, state.loss + loss
-            if (
-                accelerator.is_main_process
-                and time.monotonic() - saved > 60 * config.save_minutes
-                and state.step < len(batches)
-            ):
+            due = time.monotonic() - saved > 60 * config.save_minutes and state.step < len(batches)
+            if due and accelerator.is_main_process:
                 state.seconds, saved = time.monotonic() - began, time.monotonic()
                 _save_checkpoint(last, model, optimizer, identity, state)
         if accelerator.is_main_process:
@@ -221,21 +248,8 @@ def fit(
             valid_loss = score = 0.0
         valid_loss, score = _from_main(accelerator, valid_loss, score)
         state.seconds = time.monotonic() - began
-        record = {
-            "epoch": state.epoch + 1,
-            "step": state.total_steps,
-            "train_loss": state.loss / len(batches),
-            "valid_loss": valid_loss,
-            "valid_score": score,
-            "lr": float(optimizer.param_groups[-1]["lr"]),
-            "seconds": state.seconds,
-        }
-        state.log.append(record)
-        accelerator.log(record, step=state.total_steps)
-        better = score > state.best_score or state.best_epoch < 0
-        if better:
-            state.best_score, state.best_epoch = score, state.epoch + 1
-        state.epoch, state.step, state.loss = state.epoch + 1, 0, 0.0
+        better = state.end_epoch(len(batches), valid_loss, score, float(optimizer.param_groups[-1]["lr"]))
+        accelerator.log(state.log[-1], step=state.total_steps)
         if accelerator.is_main_process:
             if better:
                 _write_tensors(checkpoints / "best.safetensors", trainable_state(model), {"epoch": state.best_epoch})
