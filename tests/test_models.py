@@ -312,14 +312,6 @@ def test_trunks_that_cannot_be(settings: dict[str, int]) -> None:
         ConvNet(**settings)
 
 
-def test_reset_draws_new_weights() -> None:
-    trunk = settled_trunk(0)
-    before = trunk.stages["tower_0"].conv.weight.clone()
-    trunk.reset()
-    assert not torch.equal(before, trunk.stages["tower_0"].conv.weight)
-    assert torch.equal(trunk.stages["tower_0"].norm.running_mean, torch.zeros(16))
-
-
 # ---- heads ----
 
 

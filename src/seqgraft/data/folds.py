@@ -16,12 +16,9 @@ from numpy.typing import ArrayLike, NDArray
 from seqgraft.errors import ConfigError, DataError, Problems
 from seqgraft.genome import Interval
 
-__all__ = ["TRUNK_FOLDS", "Folds", "assign_folds", "exposure", "fold_overlaps", "read_trunk_folds"]
+__all__ = ["Folds", "assign_folds", "exposure", "fold_overlaps", "read_trunk_folds"]
 
 FOLDS = ("train", "valid", "test", "unused")
-
-TRUNK_FOLDS: dict[str, Path] = {}
-"""Name of a trunk's split (``TrunkSpec.folds``) -> BED of the intervals it was trained on, fold in column 4."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -291,12 +291,6 @@ class Trunk(_StaysFrozen):
         """Base codes uint8 ``(batch, length)`` to the last state; its ``x`` is ``(batch, channels, bins)``."""
         return self.run(self.encode(codes, lengths))
 
-    def reset(self) -> None:
-        """Draws new weights from torch's global generator: the random-init control."""
-        for module in self.modules():
-            if callable(reset := getattr(module, "reset_parameters", None)):
-                reset()
-
 
 def _recompute(stage: nn.Module) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
     """The contexts of a checkpointed stage's two forward passes: BatchNorm counts each batch once."""

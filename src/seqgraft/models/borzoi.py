@@ -131,10 +131,6 @@ class Borzoi(Trunk):
             site: tuple(name for name, _ in self.named_modules() if name.endswith(end)) for site, end in ends.items()
         }
 
-    def reset(self) -> None:
-        super().reset()
-        self._initialise()
-
     @torch.no_grad()
     def _initialise(self) -> None:
         """Normal weights of variance 1 / inputs in convolutions and 2 / inputs in the transformer, zero biases.
