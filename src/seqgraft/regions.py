@@ -13,6 +13,7 @@ import numpy.typing as npt
 import pandas as pd
 
 from seqgraft.data.dataset import Dataset, DatasetInfo
+from seqgraft.data.tables import fasta_records
 from seqgraft.errors import ConfigError, DataError, Problems
 from seqgraft.genome import Genome, match_chroms, read_bed_table
 from seqgraft.sequence import PAD, Codes, encode
@@ -100,17 +101,8 @@ def _of_bed(path: Path, info: DatasetInfo, tracks: TrackTable, genome: Genome) -
 
 
 def _read_fasta(path: Path) -> list[tuple[str, str]]:
-    names: list[str] = []
-    parts: list[list[str]] = []
-    for line in _lines(path):
-        if line.startswith(">"):
-            names.append(line[1:].split()[0] if line[1:].split() else f"sequence_{len(names) + 1}")
-            parts.append([])
-        elif line:
-            if not names:
-                raise DataError("the file does not start with '>'", line[:20], where=path, remedy="Give a FASTA file")
-            parts[-1].append(line)
-    return [(name, "".join(part)) for name, part in zip(names, parts, strict=True)]
+    records = enumerate(fasta_records(_lines(path), path), start=1)
+    return [(header.split()[0] if header else f"sequence_{number}", letters) for number, (header, letters) in records]
 
 
 def _lines(path: Path) -> Iterator[str]:

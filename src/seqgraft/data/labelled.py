@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import gzip
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any, Literal, cast
@@ -18,6 +18,7 @@ from seqgraft.data.dataset import Dataset, DatasetInfo, hash_file, open_dataset,
 from seqgraft.data.duplicates import DuplicatePolicy, duplicate_links, find_duplicates, resolve_duplicates
 from seqgraft.data.folds import Folds, assign_folds
 from seqgraft.data.labels import MISSING, Label, class_weights, read_label, read_numbers, track_table
+from seqgraft.data.tables import fasta_records
 from seqgraft.errors import ConfigError, DataError, Problems
 from seqgraft.genome import Genome, Interval, match_chroms
 from seqgraft.progress import progress
@@ -252,7 +253,7 @@ def _as_text(table: pd.DataFrame) -> pd.DataFrame:
 def _read_fasta(file: LabelledFile) -> pd.DataFrame:
     """Columns name, sequence and, unless the file's entry has it, label."""
     with _open_text(file.path) as lines:
-        records = list(_fasta_records(lines, file.path))
+        records = list(fasta_records(lines, file.path))
     rows = []
     for number, (header, sequence) in enumerate(records, start=1):
         if file.label is not None:
@@ -264,23 +265,6 @@ def _read_fasta(file: LabelledFile) -> pd.DataFrame:
             raise DataError("the header has no label", header, where=f"{file.path} row {number}", remedy=remedy)
         rows.append({"name": name.strip(), "sequence": sequence, "label": label.strip()})
     return pd.DataFrame(rows, columns=["name", "sequence"] if file.label is not None else ["name", "sequence", "label"])
-
-
-def _fasta_records(lines: Iterator[str], path: Path) -> Iterator[tuple[str, str]]:
-    header: str | None = None
-    parts: list[str] = []
-    for line in lines:
-        text = line.strip()
-        if text.startswith(">"):
-            if header is not None:
-                yield header, "".join(parts)
-            header, parts = text[1:].strip(), []
-        elif text and header is None:
-            raise DataError("the file does not start with '>'", text[:20], where=path, remedy="Give a FASTA file")
-        else:
-            parts.append(text)
-    if header is not None:
-        yield header, "".join(parts)
 
 
 # Sequences

@@ -1,9 +1,9 @@
-"""Track tables in files: CSV, TSV, and Baskerville's ``targets.txt``."""
+"""Foreign text files: track tables (CSV, TSV, Baskerville's ``targets.txt``) and FASTA records."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import pandas as pd
 from seqgraft.errors import DataError, Problems
 from seqgraft.tracks import TrackTable
 
-__all__ = ["read_track_table"]
+__all__ = ["fasta_records", "read_track_table"]
 
 
 def read_track_table(tracks: Path | str | Sequence[Mapping[str, Any]], *, transform_old: bool = False) -> TrackTable:
@@ -79,3 +79,25 @@ def _from_targets(rows: list[dict[str, Any]], index: str, path: Path, old: bool)
         )
     problems.raise_if_any()
     return converted
+
+
+def fasta_records(lines: Iterable[str], path: Path) -> Iterator[tuple[str, str]]:
+    """Header (without ">") and letters of each record; blank lines do not count.
+
+    Raises:
+        DataError: letters before the first header.
+    """
+    header: str | None = None
+    parts: list[str] = []
+    for line in lines:
+        text = line.strip()
+        if text.startswith(">"):
+            if header is not None:
+                yield header, "".join(parts)
+            header, parts = text[1:].strip(), []
+        elif text and header is None:
+            raise DataError("the file does not start with '>'", text[:20], where=path, remedy="Give a FASTA file")
+        else:
+            parts.append(text)
+    if header is not None:
+        yield header, "".join(parts)
