@@ -102,9 +102,7 @@ def build_run(experiment: Experiment, dataset: Dataset | None = None) -> tuple[S
     The same seed gives the same model.
     """
     dataset = dataset or open_dataset(experiment.data)
-    torch.manual_seed(experiment.train.seed)
-    covariates = 0 if dataset.covariates is None else dataset.covariates.shape[1]
-    model = build_model(experiment.model, dataset.tracks, dataset.info, covariates)
+    model = _seeded_model(experiment, dataset)
     rows = dataset.rows("train")
     means = np.nanmean(dataset.squashed_targets(rows[:: max(1, len(rows) // 512)]).astype(np.float64), axis=(0, 2))
     names = list(dataset.tracks.names)
@@ -112,6 +110,12 @@ def build_run(experiment: Experiment, dataset: Dataset | None = None) -> tuple[S
         if name.startswith("new_") and isinstance(head, Head):
             head.start_at(np.nan_to_num(means[[names.index(track) for track in head.tracks.names]]))
     return model, dataset
+
+
+def _seeded_model(experiment: Experiment, dataset: Dataset) -> SequenceModel:
+    torch.manual_seed(experiment.train.seed)
+    covariates = 0 if dataset.covariates is None else dataset.covariates.shape[1]
+    return build_model(experiment.model, dataset.tracks, dataset.info, covariates)
 
 
 def fit_run(experiment: Experiment, folder: Path, *, resume: bool = False) -> FitResult:
@@ -192,7 +196,8 @@ def open_run(folder: Path) -> Run:
     if not (folder / "adapter").exists():
         raise RunError("the run was not finished", str(folder), remedy="Continue it with 'seqgraft fit ... --resume'")
     experiment = read_experiment(folder / "experiment.yaml")
-    model, dataset = build_run(experiment)
+    dataset = open_dataset(experiment.data)
+    model = _seeded_model(experiment, dataset)
     load_adapter(model, folder / "adapter")
     if torch.cuda.is_available():
         model.to("cuda")
