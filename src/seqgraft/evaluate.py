@@ -165,10 +165,7 @@ def evaluate_model(
     device = next(model.parameters()).device
     baselines = baseline_predictions(dataset, rows, start, config.baselines, config.ensemble, config.batch_size, device)
     predictions: dict[str, Array] = {label: own, **baselines, **(extra or {})}
-    regions = dataset.regions.iloc[rows]
-    blocks = segment_blocks(
-        regions["chrom"].tolist(), regions["start"].to_numpy(), regions["end"].to_numpy(), config.block
-    )
+    blocks = _blocks(dataset, rows, config)
     unit = "label" if dataset.info.bins == 1 else "squashed"
     cards = {name: _cards(tracks, truth, values, rows) for name, values in predictions.items()}
     tables = [_table(name, fold, unit, found, blocks, config) for name, found in cards.items()]
@@ -198,6 +195,14 @@ def evaluate_model(
     )
 
 
+def _blocks(dataset: Dataset, rows: npt.NDArray[np.int64], config: EvaluateConfig) -> Array:
+    """The bootstrap's block of each row."""
+    regions = dataset.regions.iloc[rows]
+    return segment_blocks(
+        regions["chrom"].tolist(), regions["start"].to_numpy(), regions["end"].to_numpy(), config.block
+    )
+
+
 # ---- forgetting ----
 
 
@@ -210,22 +215,21 @@ def _forgetting(
     each other: metric "agreement", 1 if nothing was forgotten.
     """
     moved = model.adapted is not None and model.adapted.counts.adapter + model.adapted.counts.trunk > 0
+    if not moved and config.original is None:
+        return []
     data = dataset if config.original is None else open_dataset(config.original)
     reference = build_pretrained(start, data.info)
-    if reference is None and config.original is not None:
+    if reference is None:
+        if config.original is None:
+            return []
         what, remedy = "forgetting can only be measured for a pretrained trunk with heads", "Leave it out"
         raise ConfigError(what, start.name, where="evaluate.original", remedy=remedy)
-    if reference is None or not (moved or config.original):
-        return []
     rows = data.rows(fold)
     before = predict(
         reference.to(next(model.parameters()).device), data, rows, batch_size=config.batch_size, what="original tracks"
     )
     after = _under_pretrained_heads(model, reference, data, rows, config)
-    regions = data.regions.iloc[rows]
-    blocks = segment_blocks(
-        regions["chrom"].tolist(), regions["start"].to_numpy(), regions["end"].to_numpy(), config.block
-    )
+    blocks = _blocks(data, rows, config)
     if config.original is None:
         note = "original tracks, after adaptation against before"
         cards = _pearson_cards(reference.tracks, before, after, rows)
