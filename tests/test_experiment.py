@@ -97,7 +97,7 @@ VALUES: list[Any] = [
         peaks=Path("a.narrowPeak"),
         genome=Path("genome.fa"),
         window=200,
-        folds=BY_CHROMOSOME,
+        folds=Folds(by="trunk", trunk="borzoi", bed=Path("download"), valid=0.1),
         ratio=2.0,
         repeats=Path("repeats.bed"),
         rename={"1": "chr1"},
@@ -107,7 +107,7 @@ VALUES: list[Any] = [
 
 EXPERIMENT = Experiment(
     data=Path("data/tiny"),
-    model=ModelConfig(name="convnet", init="random", pool="max", settings={"channels": 32}),
+    model=ModelConfig(name="convnet", init="random", pool="max", settings={"channels": 32}, trained_on=Path("a.bed")),
     adapter=LoRA(rank=2, where=("conv",)),
     loss={"rna": Poisson(), "atac": MeanSquaredError()},
     train=TrainConfig(lr=1e-4, head_lr=1e-2, metric="r2", augment=Augmentation(reverse_complement=False, shift=2)),

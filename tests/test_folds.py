@@ -1,4 +1,4 @@
-"""Folds: each way to make them, what is refused, and what a trunk has seen."""
+"""Folds: each way to make them, and what is refused."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from seqgraft.data.folds import Folds, assign_folds, exposure, fold_overlaps, read_trunk_folds
+from seqgraft.data.folds import FoldPlaces, Folds, assign_folds, fold_overlaps
 from seqgraft.errors import ConfigError, DataError
-from seqgraft.genome import Interval
+from seqgraft.genome import Genome, Interval
 
 
 def regions(*rows: tuple[str, int, int], **columns: Any) -> pd.DataFrame:
@@ -119,6 +119,11 @@ def test_a_gap_of_the_distance_separates() -> None:
         ({"by": "cluster", "test": 0.1, "distance": -1}, "negative"),
         ({"by": "column", "test": 0.1}, "no share of test"),
         ({"by": "column", "names": {"dev": "validation"}}, "not a fold: 'validation'"),
+        ({"by": "trunk"}, "folds.trunk: folds by trunk need the trunk. Name one of borzoi"),
+        ({"by": "trunk", "trunk": "borzoi", "test": 0.1}, "folds by trunk take no share of test rows: 0.1"),
+        ({"by": "trunk", "trunk": "borzoi", "test": ("chr1",)}, "folds by trunk take no names"),
+        ({"by": "trunk", "trunk": "borzoi", "distance": 5}, "no meaning with by: trunk"),
+        ({"by": "random", "test": 0.1, "trunk": "borzoi"}, "folds.trunk: the setting has no meaning with by: random"),
         ({"by": "moon"}, "cannot be made by: 'moon'"),
     ],
 )
@@ -169,14 +174,98 @@ def test_overlaps_equal_brute_force() -> None:
     assert all(intervals[a].overlaps(intervals[b]) for a, b in zip(pairs["row_a"], pairs["row_b"], strict=True))
 
 
-def test_exposure(tmp_path: Path) -> None:
-    bed = tmp_path / "folds.bed"
-    bed.write_text("chr1\t0\t100\ttrain\nchr1\t100\t200\ttest\nchr2\t0\t50\ttrain\n")
-    table = read_trunk_folds(bed)
-    windows = regions(("chr1", 50, 150), ("chr1", 100, 200), ("chr2", 50, 80), ("chr3", 0, 10))
-    assert exposure(windows, table[table["fold"] == "train"]) == 0.25
-    assert exposure(windows, [Interval("chr1", 0, 1000), Interval("chr1", 10, 20)]) == 0.5
-    assert exposure(windows, []) == 0
-    bed.write_text("chr1\t0\n")
-    with pytest.raises(DataError, match="not a BED file with folds"):
-        read_trunk_folds(bed)
+# The split of a trunk
+
+
+@pytest.fixture
+def places(tmp_path: Path) -> FoldPlaces:
+    (tmp_path / "genome.fa").write_text("".join(f">{chrom}\n{'ACGT' * 250}\n" for chrom in ("chr1", "chr2", "chr3")))
+    return FoldPlaces(Genome.open(tmp_path / "genome.fa"))
+
+
+def bed(folder: Path, *rows: tuple[str, int, int, str]) -> Path:
+    path = folder / "trunk.bed"
+    path.write_text("".join("\t".join(map(str, row)) + "\n" for row in rows))
+    return path
+
+
+SPLIT = (("chr1", 0, 300, "train"), ("chr1", 300, 600, "valid"), ("chr1", 600, 1000, "test"), ("chr2", 0, 100, "test"))
+
+
+def by_trunk(path: Path, **settings: Any) -> Folds:
+    return Folds(by="trunk", trunk=str(path), **settings)
+
+
+def test_rows_take_the_fold_of_the_trunk(tmp_path: Path, places: FoldPlaces) -> None:
+    """Of one fold: that one; of several: unused; of none: training."""
+    table = regions(
+        *(("chr1", 0, 100), ("chr1", 250, 350), ("chr1", 400, 500), ("chr1", 590, 610), ("chr1", 900, 1000)),
+        *(("chr2", 50, 150), ("chr2", 500, 600), ("chr3", 0, 100)),
+    )
+    fold = assign_folds(table, by_trunk(bed(tmp_path, *SPLIT)), places=places)
+    assert fold.tolist() == ["train", "unused", "valid", "unused", "test", "test", "train", "train"]
+    notes = places.notes["trunk_folds"]
+    assert notes["files"][0]["path"] == str(tmp_path / "trunk.bed")
+    assert notes["unused_in_several_folds"] == 2
+    assert notes["unused_beside_held_out_rows"] == 0
+    assert notes["train_in_no_fold"] == 2
+
+
+def test_what_a_model_sees_beside_a_row_counts(tmp_path: Path, places: FoldPlaces) -> None:
+    table = regions(("chr1", 0, 100), ("chr1", 150, 250), ("chr1", 350, 450), ("chr1", 700, 900))
+    folds = by_trunk(bed(tmp_path, *SPLIT))
+    assert assign_folds(table, folds, places=places).tolist() == ["train", "train", "valid", "test"]
+    for margin, expected in ((50, ["train", "train", "valid", "test"]), (51, ["train", "unused", "unused", "test"])):
+        if expected.count("valid"):
+            assert assign_folds(table, folds, places=FoldPlaces(places.genome, margin)).tolist() == expected
+        else:
+            with pytest.raises(
+                DataError, match=r"no rows: 'valid'. Add regions where the trunk has this fold, or take"
+            ):
+                assign_folds(table, folds, places=FoldPlaces(places.genome, margin))
+
+
+def test_rows_beside_held_out_ones_give_way(tmp_path: Path, places: FoldPlaces) -> None:
+    """In a gap of the trunk's list, rows of two folds can overlap though each touches one fold or none."""
+    split = (
+        ("chr1", 0, 100, "train"),
+        ("chr1", 160, 260, "test"),
+        ("chr2", 0, 100, "valid"),
+        ("chr2", 160, 260, "test"),
+    )
+    table = regions(
+        *(("chr1", 0, 90), ("chr1", 80, 140), ("chr1", 130, 170), ("chr1", 200, 260), ("chr1", 250, 300)),
+        *(("chr2", 0, 50), ("chr2", 50, 150), ("chr2", 140, 200), ("chr2", 190, 300), ("chr2", 290, 400)),
+    )
+    fold = assign_folds(table, by_trunk(bed(tmp_path, *split)), places=places)
+    assert fold.tolist() == [
+        *("train", "unused", "test", "test", "test"),
+        *("valid", "unused", "test", "test", "unused"),
+    ]
+    assert places.notes["trunk_folds"]["unused_beside_held_out_rows"] == 3
+
+
+def test_a_list_of_training_regions_leaves_the_rest_for_testing(tmp_path: Path, places: FoldPlaces) -> None:
+    rows = [(chrom, start, start + 100) for chrom in ("chr1", "chr2") for start in range(0, 1000, 100)]
+    path = bed(tmp_path, ("chr1", 0, 1000, "train"))
+    with pytest.raises(DataError, match=r"no rows: 'valid'.*or take a share of the training rows, as in valid: 0.1"):
+        assign_folds(regions(*rows), by_trunk(path), places=places)
+    fold = assign_folds(regions(*rows), by_trunk(path, valid=0.2), places=places)
+    assert fold[:10].value_counts().to_dict() == {"train": 8, "valid": 2}
+    assert set(fold[10:]) == {"test"}
+    assert places.notes["trunk_folds"]["test_in_no_fold"] == 10
+
+
+def test_a_trunk_without_what_is_needed(tmp_path: Path, places: FoldPlaces) -> None:
+    path = bed(tmp_path, *SPLIT)
+    with pytest.raises(DataError, match=r"folds.by: trunk: the rows have no place in a genome. Give intervals"):
+        assign_folds(unplaced(3), by_trunk(path), places=FoldPlaces(None))
+    table = regions(("chr1", 0, 100), ("chr1", 400, 500))
+    with pytest.raises(DataError, match=r"no rows: 'test'. Add regions where the trunk has this fold\.$"):
+        assign_folds(table, by_trunk(path), places=places)
+    path.write_text(path.read_text().replace("chr", ""))
+    with pytest.raises(DataError, match=r"no chromosome: '1'.*rename: \{'1': 'chr1'\}"):
+        assign_folds(THREE, by_trunk(path), places=places)
+    whole = regions(("chr1", 0, 100), ("chr1", 400, 500), ("chr1", 700, 800))
+    renamed = FoldPlaces(places.genome, rename={"1": "chr1", "2": "chr2"})
+    assert assign_folds(whole, by_trunk(path), places=renamed).tolist() == ["train", "valid", "test"]

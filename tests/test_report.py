@@ -239,6 +239,33 @@ def test_environment_of_another_shape(tmp_path: Path) -> None:
     write_report(run)
 
 
+EXPOSED = {
+    "fold": "test", "note": "90.0% of the 300 windows overlap", "share": 0.9, "allowed": True,
+    "counts": {"train": 270, "valid": 12, "test": 11, "nothing": 7}, "problem": "90.0% of the windows overlap",
+}  # fmt: skip
+
+
+def test_what_the_trunk_has_seen(tmp_path: Path) -> None:
+    """Counts by the trunk's folds; what was let pass stands at the top of the page too."""
+    _, outline = page(write_report(make_run(tmp_path / "run", exposure=EXPOSED)))
+    assert "Has the trunk seen the test regions?" in outline.text["h2"]
+    facts = dict(zip(outline.text["dt"], outline.text["dd"], strict=True))
+    assert facts["exposure"] == "90.0% of the 300 windows overlap"
+    touched = {term: fact for term, fact in facts.items() if term.startswith("windows that touch")}
+    assert list(touched.values()) == ["270", "12", "11", "7"]
+    warning = "Not known to be held out from the trunk: 90.0% of the windows overlap, which allow_exposure let pass."
+    assert facts["warning"] == warning
+    assert any(text.startswith(warning) for text in outline.text["p"])
+
+
+def test_a_trunk_that_has_seen_nothing_is_said_without_a_warning(tmp_path: Path) -> None:
+    clean = {"fold": "test", "note": "none: the trunk has random weights", "counts": {}, "problem": None}
+    text, outline = page(write_report(make_run(tmp_path / "run", exposure=clean)))
+    assert "none: the trunk has random weights" in outline.text["dd"]
+    assert "held out from the trunk" not in text
+    assert "windows that touch" not in text
+
+
 def test_labels_without_a_mean_row(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run")
     frame = metrics("LoRA(rank=8)", 0.8, metric="auroc").assign(unit="label")

@@ -33,6 +33,9 @@ __all__ = [
     "read_bed_table",
     "read_gtf",
     "read_vcf",
+    "read_vcf_rows",
+    "vcf_text",
+    "write_vcf",
 ]
 
 
@@ -474,6 +477,14 @@ def read_vcf(path: Path | str) -> Iterator[Variant]:
     Raises:
         DataError: no such file, or it cannot be read as VCF.
     """
+    return (variant for _, _, variant in read_vcf_rows(path) if variant.alt != ".")
+
+
+def read_vcf_rows(path: Path | str) -> Iterator[tuple[int, int, Variant]]:
+    """``(row, allele, variant)``: the record's number in the file and the ALT's in the record, both from 1.
+
+    A record without an ALT yields one variant whose ``alt`` is ".". Errors as :func:`read_vcf`.
+    """
     import pysam  # cyvcf2 ends quietly at a row that it cannot parse
 
     path = Path(path)
@@ -482,10 +493,57 @@ def read_vcf(path: Path | str) -> Iterator[Variant]:
     last = "its header"
     try:
         with pysam.VariantFile(str(path), drop_samples=True) as file:
-            for record in file:
-                for alt in record.alts or ():
-                    yield Variant(record.chrom, record.pos, record.ref or "", alt, record.id or ".")
-                last = f"{record.chrom}:{record.pos}"
+            for row, record in enumerate(file, start=1):
+                chrom, position, ref, name = record.chrom, record.pos, record.ref or "", record.id or "."
+                for allele, alt in enumerate(record.alts or (".",), start=1):
+                    yield row, allele, Variant(chrom, position, ref, alt, name)
+                last = f"{chrom}:{position}"
     except (OSError, ValueError) as error:
         remedy = f"It may be truncated or not VCF; look after {last}"
         raise DataError(f"the VCF file cannot be read ({error})", where=path, remedy=remedy) from error
+
+
+def vcf_text(path: Path | str) -> Iterator[str]:
+    """The lines of a VCF (plain or gzipped; as they are) or BCF file, without line ends: first the header's."""
+    import pysam
+
+    path = Path(path)
+    with path.open("rb") as raw:
+        packed = raw.read(2) == b"\x1f\x8b"
+    with gzip.open(path) if packed else path.open("rb") as file:
+        binary = file.read(3) == b"BCF"
+    if not binary:
+        yield from (line for line in _text_lines(path) if line)
+        return
+    with pysam.VariantFile(str(path)) as records:
+        yield from str(records.header).splitlines()
+        yield from (str(record).rstrip("\n") for record in records)
+
+
+def write_vcf(path: Path | str, lines: Iterable[str]) -> bool:
+    """Writes lines as a bgzipped VCF, with an index (``.tbi``) beside it where its records are sorted; says which.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    import pysam
+
+    seen: set[str] = set()
+    last, is_sorted, largest = ("", 0), True, 0
+    with pysam.BGZFile(str(path), "wb", None) as file:
+        for line in lines:
+            file.write(line.encode() + b"\n")
+            if line.startswith("#"):
+                continue
+            chrom, text, _ = line.split("\t", 2)
+            position = int(text)
+            if chrom != last[0]:
+                is_sorted &= chrom not in seen
+                seen.add(chrom)
+            else:
+                is_sorted &= position >= last[1]
+            last, largest = (chrom, position), max(largest, position)
+    is_sorted &= largest < 1 << 29  # what a .tbi can say
+    if is_sorted and seen:
+        pysam.tabix_index(str(path), preset="vcf", force=True)
+    return is_sorted and bool(seen)

@@ -14,6 +14,8 @@ An eighth of the memory of a one-hot float32 array, or less, and one reverse com
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 import numpy.typing as npt
 
@@ -25,6 +27,7 @@ __all__ = [
     "PAD",
     "Codes",
     "N",
+    "apply_variants",
     "count_unknown",
     "decode",
     "encode",
@@ -75,6 +78,31 @@ def encode(text: str | bytes) -> Codes:
             remedy="Use A, C, G, T, N or IUPAC letters, without gaps",
         )
     return codes
+
+
+def apply_variants(codes: Codes, edits: Iterable[tuple[int, Codes, Codes]]) -> Codes:
+    """The haplotype of a stretch of sequence: base codes with every edit ``(offset, ref, alt)`` made.
+
+    Offsets count from the first base of ``codes``, 0-based, and mean the reference: edits may come in any order and may
+    change the length, and the result is as long as they make it. To fill a window of fixed length, give some
+    bases more than it has and cut the result at the end that may move.
+
+    Raises:
+        DataError: an edit reaches beyond the sequence, ``ref`` is not what stands there, or two edits overlap.
+    """
+    pieces, reach = [], 0
+    for offset, ref, alt in sorted(edits, key=lambda edit: edit[0]):
+        if not 0 <= offset <= offset + len(ref) <= len(codes):
+            raise DataError("the edit reaches beyond the sequence", offset, remedy=f"It has {len(codes)} bases")
+        if offset < reach:
+            raise DataError("two edits overlap", offset, remedy="Give edits of one haplotype, each base once")
+        if not np.array_equal(codes[offset : offset + len(ref)], ref):
+            found = decode(codes[offset : offset + len(ref)])
+            remedy = f"The sequence has {found} there"
+            raise DataError("the edit's reference allele is another", decode(ref), where=offset, remedy=remedy)
+        pieces += [codes[reach:offset], alt]
+        reach = offset + len(ref)
+    return np.concatenate([*pieces, codes[reach:]])
 
 
 def count_unknown(codes: Codes) -> int:

@@ -25,7 +25,7 @@ from seqgraft.data.dataset import (
     write_json,
 )
 from seqgraft.data.duplicates import DuplicatePolicy, duplicate_links, find_duplicates, resolve_duplicates
-from seqgraft.data.folds import Folds, assign_folds
+from seqgraft.data.folds import FoldPlaces, Folds, assign_folds
 from seqgraft.data.tables import read_track_table
 from seqgraft.data.tiles import Spans, covered_bins, overlapping, read_placed_bed, read_spans, tile_regions
 from seqgraft.errors import ConfigError, DataError, Problems
@@ -143,7 +143,9 @@ def prepare_coverage(source: CoverageSource, folder: Path) -> Dataset:
     regions, unmappable, notes = _regions(source, genome)
     views = _target_codes(genome, regions)
     links = duplicate_links(views) if source.duplicates == "group" else None
-    regions = regions.assign(fold=assign_folds(regions, source.folds, together=links))
+    margin = -(-(source.window - source.target_length) // 2)
+    places = FoldPlaces(genome, margin, source.rename, notes)
+    regions = regions.assign(fold=assign_folds(regions, source.folds, together=links, places=places))
     report = find_duplicates(views, regions["fold"])
     names = [f"{c}:{s}-{e}" for c, s, e in zip(regions["chrom"], regions["start"], regions["end"], strict=True)]
     listing = Path(folder).with_name(f"{Path(folder).name}.duplicates.tsv")

@@ -24,6 +24,7 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -139,12 +140,16 @@ class Dataset:
             mask=self.mask if whole or self.mask is None else self.mask[:, index],
         )
 
+    @cached_property
+    def _places(self) -> list[tuple[str, int, int, str]]:
+        """Chromosome, start, end and strand of each region: a table takes a tenth of a millisecond for a row."""
+        columns = (self.regions[name].tolist() for name in ("chrom", "start", "end", "strand"))
+        return list(zip(*columns, strict=True))
+
     def interval(self, row: int, window: int | None = None) -> Interval:
         """The sequence window of a region: ``window`` bp centred on its target interval."""
-        region = self.regions.iloc[row]
-        return Interval(str(region["chrom"]), int(region["start"]), int(region["end"])).resize(
-            window or self.info.window
-        )
+        chrom, start, end, _ = self._places[row]
+        return Interval(chrom, start, end).resize(window or self.info.window)
 
     def sequences(
         self,
@@ -162,10 +167,9 @@ class Dataset:
             intervals = [
                 self.interval(int(row), window).shift(view.shift) for row, view in zip(rows, views, strict=True)
             ]
-            strands = self.regions["strand"].to_numpy()[np.asarray(rows)]
             codes = np.stack([self.genome.codes(interval) for interval in intervals])
             lengths = np.full(len(codes), codes.shape[1], dtype=np.int64)
-            minus = strands == "-"
+            minus = np.array([self._places[row][3] == "-" for row in rows])
             codes[minus] = reverse_complement(codes[minus])
         reverse = np.array([view.reverse for view in views])
         if reverse.any():

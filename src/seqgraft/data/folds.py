@@ -1,4 +1,4 @@
-"""Folds: which rows train, which validate, which test, and what a published trunk has already seen."""
+"""Folds: which rows train, which validate, which test."""
 
 from __future__ import annotations
 
@@ -7,16 +7,18 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 
+from seqgraft.data.dataset import hash_file
+from seqgraft.data.seen import ROLES, TRUNK_FOLDS, seen_by, touched, touched_folds, trunk_folds
 from seqgraft.errors import ConfigError, DataError, Problems
-from seqgraft.genome import Interval
+from seqgraft.genome import Genome
 
-__all__ = ["Folds", "assign_folds", "exposure", "fold_overlaps", "read_trunk_folds"]
+__all__ = ["TRUNK_FOLDS", "FoldPlaces", "Folds", "assign_folds", "fold_overlaps", "trunk_folds"]
 
 FOLDS = ("train", "valid", "test", "unused")
 
@@ -36,9 +38,17 @@ class Folds:
 
     ``{by: cluster, distance: 50000, valid: 0.1, test: 0.1}``: as random, and regions less than ``distance`` bp apart
     stay together.
+
+    ``{by: trunk, trunk: borzoi, bed: sequences_human.bed.gz}``: the split of a pretrained trunk, so that nothing it was
+    trained on is tested on. ``trunk`` is a published one (``TRUNK_FOLDS``), a bundled model, a model folder or a BED
+    file; ``bed`` the published file, unless it lies in the cache; ``bed: download`` fetches it there. A row belongs to
+    the fold that its window touches, where the trunk's input windows count and not only what it predicted there; a
+    row that touches several is unused. One that touches none is a training row: nobody can say that the trunk saw
+    nothing like it, and training rows need no such proof. Only where the trunk's list has no test regions, it is what
+    the list leaves out that was held out: those rows are for testing, and ``valid`` is a share of the training rows.
     """
 
-    by: Literal["chromosome", "column", "random", "cluster"] = "column"
+    by: Literal["chromosome", "column", "random", "cluster", "trunk"] = "column"
     train: tuple[str, ...] = ()
     valid: tuple[str, ...] | float = ()
     test: tuple[str, ...] | float = ()
@@ -47,6 +57,8 @@ class Folds:
     group: str | None = None
     distance: int = 0
     seed: int = 0
+    trunk: str | None = None
+    bed: Path | None = None
 
     def __post_init__(self) -> None:
         problems = Problems(ConfigError)
@@ -59,14 +71,18 @@ class Folds:
             "column": {"column", "names", "group"},
             "random": {"group"},
             "cluster": {"group", "distance"},
+            "trunk": {"group", "trunk", "bed"},
         }
         if self.by not in allowed:
             problems.add("folds cannot be made by", self.by, where="folds.by", remedy=f"Use {', '.join(allowed)}")
-        for name in ("train", "column", "names", "group", "distance"):
+        for name in ("train", "column", "names", "group", "distance", "trunk", "bed"):
             if getattr(self, name) and name not in allowed.get(self.by, {name}):
                 fitting = ", ".join(by for by, names in allowed.items() if name in names)
                 remedy = f"Leave it out, or use it with by: {fitting}"
                 problems.add(f"the setting has no meaning with by: {self.by}", where=f"folds.{name}", remedy=remedy)
+        if self.by == "trunk" and not self.trunk:
+            remedy = f"Name one of {', '.join(TRUNK_FOLDS)}, a bundled model, or the path of a model folder or BED file"
+            problems.add("folds by trunk need the trunk", where="folds.trunk", remedy=remedy)
         if self.distance < 0:
             remedy = "Give base pairs, 0 or more"
             problems.add("the distance is negative", self.distance, where="folds.distance", remedy=remedy)
@@ -109,9 +125,9 @@ class Folds:
             problems.add("the shares leave no training rows", total, where="folds", remedy="Lower valid and test")
         if self.by in ("random", "cluster") and not total:
             problems.add("no rows are held out", where="folds", remedy="Give shares, as in valid: 0.1, test: 0.1")
-        if self.by == "column" and isinstance(self.test, float | int) and self.test:
-            remedy = "Take the test rows from the column; only valid can be a share"
-            problems.add("folds by column take no share of test rows", self.test, where="folds.test", remedy=remedy)
+        if self.by in ("column", "trunk") and isinstance(self.test, float | int) and self.test:
+            remedy = f"The {self.by} says which rows are for testing; only valid can be a share"
+            problems.add(f"folds by {self.by} take no share of test rows", self.test, where="folds.test", remedy=remedy)
 
     def share(self, fold: Literal["valid", "test"]) -> float:
         """The share of rows asked for, 0 where names were given."""
@@ -119,15 +135,39 @@ class Folds:
         return float(value) if isinstance(value, float | int) else 0.0
 
 
-def assign_folds(regions: pd.DataFrame, folds: Folds, *, together: NDArray[np.int64] | None = None) -> pd.Series[str]:
+@dataclass
+class FoldPlaces:
+    """What folds by trunk need to know of the rows, and what they tell about them.
+
+    Attributes:
+        genome: that the rows lie in; None for sequences.
+        margin: bp that a model sees on either side of a row.
+        rename: names of chromosomes in BED files -> in the genome.
+        notes: gets an entry "trunk_folds": the files with their hashes, and how many rows were treated how.
+    """
+
+    genome: Genome | None
+    margin: int = 0
+    rename: Mapping[str, str] = field(default_factory=dict)
+    notes: dict[str, Any] = field(default_factory=dict)
+
+
+def assign_folds(
+    regions: pd.DataFrame,
+    folds: Folds,
+    *,
+    together: NDArray[np.int64] | None = None,
+    places: FoldPlaces | None = None,
+) -> pd.Series[str]:
     """The fold of every row: "train", "valid", "test" or "unused".
 
     ``regions`` has chrom, start, end (0-based, half-open; chrom "" where there is no genome) and the columns that
     ``folds`` names. ``together``, pairs of rows (pairs, 2), stay in one fold where folds are shares of the rows.
+    ``places`` is for folds by trunk.
 
     Raises:
-        DataError: a column or chromosome is missing, a value is not a fold, a fold is empty, or regions of different
-            folds overlap in the genome.
+        DataError: a column or chromosome is missing, a value is not a fold, a fold is empty, regions of different
+            folds overlap in the genome, or the trunk's regions are not at hand or of another genome.
     """
     if not len(regions):
         raise DataError("there are no rows to make folds of", where="folds", remedy="Check the source files")
@@ -135,14 +175,19 @@ def assign_folds(regions: pd.DataFrame, folds: Folds, *, together: NDArray[np.in
         named = _by_chromosome(regions, folds)
     elif folds.by == "column":
         named = _by_column(regions, folds, together)
+    elif folds.by == "trunk":
+        named = _by_trunk(regions, folds, places or FoldPlaces(None), together)
     else:
         groups = _groups(regions, folds, together)
         named = _draw(groups, np.full(len(regions), "train", dtype=object), folds, ("test", "valid"))
     problems = Problems(DataError)
     for fold in ("train", "valid", "test"):
-        asked = fold == "train" or bool(getattr(folds, fold))
+        asked = fold == "train" or folds.by == "trunk" or bool(getattr(folds, fold))
         if asked and not (named == fold).any():
             remedy = "Check the names, or give larger shares and smaller groups"
+            if folds.by == "trunk":
+                remedy = "Add regions where the trunk has this fold"
+                remedy += ", or take a share of the training rows, as in valid: 0.1" if fold == "valid" else ""
             problems.add("the fold has no rows", fold, where="folds", remedy=remedy)
     problems.raise_if_any()
     result = pd.Series(named, index=regions.index, name="fold", dtype="str")
@@ -178,6 +223,38 @@ def _by_column(regions: pd.DataFrame, folds: Folds, together: NDArray[np.int64] 
     return _draw(_groups(regions, folds, together), named, folds, ("valid",))
 
 
+def _by_trunk(
+    regions: pd.DataFrame, folds: Folds, places: FoldPlaces, together: NDArray[np.int64] | None
+) -> NDArray[np.object_]:
+    """The folds of a trunk; of rows that overlap across folds, training gives way to validation, and that to test."""
+    if places.genome is None or (regions["chrom"] == "").any():
+        remedy = "Give intervals and a genome, or use another way to make folds"
+        raise DataError("the rows have no place in a genome", where="folds.by: trunk", remedy=remedy)
+    seen = seen_by(str(folds.trunk), folds.bed)
+    theirs = seen.on(places.genome, places.rename)
+    windows = regions[["chrom", "start", "end"]].assign(
+        start=regions["start"] - places.margin, end=regions["end"] + places.margin
+    )
+    hits = touched_folds(windows, theirs)
+    count = hits.sum(axis=1)
+    outside = "train" if (theirs["fold"] == "test").any() else "test"
+    named = np.where(count == 1, np.array(ROLES, dtype=object)[hits.argmax(axis=1)], "unused")
+    named[count == 0] = outside
+    beside = np.zeros(len(regions), dtype=bool)
+    pairs = fold_overlaps(regions, named)  # row_a is of the fold that gives way
+    beside[pairs["row_a"].to_numpy(dtype=np.int64)] = True
+    named[beside] = "unused"
+    places.notes["trunk_folds"] = {
+        "trunk": folds.trunk,
+        "assembly": seen.assembly,
+        "files": [hash_file(path) for path in seen.files],
+        "unused_in_several_folds": int((count > 1).sum()),
+        "unused_beside_held_out_rows": int(beside.sum()),
+        f"{outside}_in_no_fold": int(((count == 0) & ~beside).sum()),
+    }
+    return _draw(_groups(regions, folds, together), named, folds, ("valid",)) if folds.share("valid") else named
+
+
 def _column(regions: pd.DataFrame, name: str, where: str) -> pd.Series[str]:
     if name not in regions:
         remedy = f"They have {', '.join(map(str, regions.columns))}"
@@ -196,7 +273,7 @@ def _groups(regions: pd.DataFrame, folds: Folds, together: NDArray[np.int64] | N
             remedy = "Fill it in: rows without a group cannot be kept together"
             raise DataError(f"{missing} rows have no value", where=f"column {folds.group!r}", remedy=remedy)
         labels.append(pd.factorize(column)[0])
-    if folds.by == "cluster":
+    if folds.by in ("cluster", "trunk"):
         labels.append(_clusters(regions, folds.distance))
     links = [] if together is None else [together]
     for label in labels:
@@ -290,47 +367,9 @@ def fold_overlaps(regions: pd.DataFrame, fold: ArrayLike) -> pd.DataFrame:
     for i, a in enumerate(present):
         for b in present[i + 1 :]:
             rows_a, rows_b = np.flatnonzero((names == a) & placed), np.flatnonzero((names == b) & placed)
-            partner = _touched(regions.iloc[rows_a], regions.iloc[rows_b])
+            partner = touched(regions.iloc[rows_a], regions.iloc[rows_b])
             hit = partner >= 0
             pair = {"row_a": rows_a[hit], "row_b": rows_b[partner[hit]], "fold_a": a, "fold_b": b}
             parts.append(pd.DataFrame(pair))
     columns = ["row_a", "row_b", "fold_a", "fold_b"]
     return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=columns)
-
-
-def _touched(queries: pd.DataFrame, targets: pd.DataFrame) -> NDArray[np.int64]:
-    """For each query interval, the position of an overlapping target, or -1."""
-    found = np.full(len(queries), -1, dtype=np.int64)
-    query_chrom, target_chrom = queries["chrom"].to_numpy(dtype=str), targets["chrom"].to_numpy(dtype=str)
-    starts, ends = targets["start"].to_numpy(), targets["end"].to_numpy()
-    for chrom in np.intersect1d(query_chrom, target_chrom):
-        mine, theirs = np.flatnonzero(query_chrom == chrom), np.flatnonzero(target_chrom == chrom)
-        theirs = theirs[np.argsort(starts[theirs], kind="stable")]
-        furthest = np.maximum.accumulate(ends[theirs])
-        # the first target that reaches as far as any target up to here
-        holder = np.searchsorted(furthest, furthest, side="left")
-        before = np.searchsorted(starts[theirs], queries["end"].to_numpy()[mine], side="left") - 1
-        hit = (before >= 0) & (furthest[np.maximum(before, 0)] > queries["start"].to_numpy()[mine])
-        found[mine[hit]] = theirs[holder[before[hit]]]
-    return found
-
-
-def read_trunk_folds(path: Path) -> pd.DataFrame:
-    """Read the split stored with a trunk: BED with the fold in column 4 -> chrom, start, end, fold."""
-    try:
-        table = pd.read_csv(path, sep="\t", header=None, usecols=[0, 1, 2, 3], comment="#")
-    except (OSError, ValueError) as error:
-        remedy = "It needs chrom, start, end, fold"
-        raise DataError("this is not a BED file with folds", where=path, remedy=remedy) from error
-    table.columns = pd.Index(["chrom", "start", "end", "fold"])
-    return table.astype({"chrom": str, "start": np.int64, "end": np.int64, "fold": str})
-
-
-def exposure(regions: pd.DataFrame, trained_on: pd.DataFrame | Sequence[Interval]) -> float:
-    """Share of ``regions`` (windows: chrom, start, end) that touch an interval a trunk was trained on."""
-    if not isinstance(trained_on, pd.DataFrame):
-        rows = [(interval.chrom, interval.start, interval.end) for interval in trained_on]
-        trained_on = pd.DataFrame(rows, columns=["chrom", "start", "end"])
-    if not len(regions) or not len(trained_on):
-        return 0.0
-    return float((_touched(regions, trained_on) >= 0).mean())

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from seqgraft.data.dataset import Dataset, DatasetInfo, hash_file, open_dataset, write_dataset
 from seqgraft.data.duplicates import DuplicatePolicy, duplicate_links, find_duplicates, resolve_duplicates
-from seqgraft.data.folds import Folds, assign_folds
+from seqgraft.data.folds import FoldPlaces, Folds, assign_folds
 from seqgraft.data.labels import MISSING, Label, class_weights, read_label, read_numbers, track_table
 from seqgraft.data.tables import fasta_records
 from seqgraft.errors import ConfigError, DataError, Problems
@@ -88,9 +88,10 @@ class LabelledSource:
         if not 0 <= self.max_unknown <= 1:
             remedy = "Give a number from 0 to 1"
             problems.add("this is not a share of the bases", self.max_unknown, where="max_unknown", remedy=remedy)
-        if self.duplicates == "group" and self.folds.by == "chromosome":
+        if self.duplicates == "group" and self.folds.by in ("chromosome", "trunk"):
             remedy = "Use duplicates: drop, or folds by random or cluster"
-            problems.add("whole chromosomes cannot be split to group duplicates", where="duplicates", remedy=remedy)
+            what = f"folds by {self.folds.by} cannot be split to group duplicates"
+            problems.add(what, where="duplicates", remedy=remedy)
         problems.raise_if_any()
 
     @property
@@ -130,7 +131,8 @@ def prepare_labelled(source: LabelledSource, folder: Path) -> Dataset:
     links = duplicate_links(sequences) if source.duplicates == "group" else None
     fold_columns = [column for column in source.fold_columns if column in table]
     foldable = regions.drop(columns=fold_columns, errors="ignore").join(table[fold_columns])
-    regions["fold"] = assign_folds(foldable, source.folds, together=links)
+    in_genome = FoldPlaces(genome, rename=source.rename, notes=notes)
+    regions["fold"] = assign_folds(foldable, source.folds, together=links, places=in_genome)
     report = find_duplicates(sequences, regions["fold"])
     listing = folder.with_name(f"{folder.name}.duplicates.tsv")
     kept = np.flatnonzero(resolve_duplicates(report, source.duplicates, len(regions), places, listing))

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from seqgraft.data.dataset import Dataset, DatasetInfo, hash_file, open_dataset, write_dataset
 from seqgraft.data.duplicates import DuplicatePolicy, duplicate_links, find_duplicates, resolve_duplicates
-from seqgraft.data.folds import Folds, assign_folds
+from seqgraft.data.folds import FoldPlaces, Folds, assign_folds
 from seqgraft.errors import ConfigError, DataError, Problems
 from seqgraft.genome import Genome, match_chroms, read_bed_table
 from seqgraft.progress import progress
@@ -87,7 +87,8 @@ def prepare_peaks(source: PeakSource, folder: Path) -> Dataset:
     regions = pd.concat([windows.assign(label=1.0), negatives.assign(label=0.0)], ignore_index=True)
     views = [genome.chrom_codes(chrom)[start:end] for chrom, start, end in _places(regions)]
     links = duplicate_links(views) if source.duplicates == "group" else None
-    regions["fold"] = assign_folds(regions, source.folds, together=links)
+    places = FoldPlaces(genome, rename=source.rename)
+    regions["fold"] = assign_folds(regions, source.folds, together=links, places=places)
     report = find_duplicates(views, regions["fold"])
     names = [
         f"{name} {chrom}:{start}-{end}"
@@ -110,6 +111,7 @@ def prepare_peaks(source: PeakSource, folder: Path) -> Dataset:
             "negatives_not_found": missing,
             "duplicates": report.summary(),
             "duplicates_dropped": int((~kept).sum()),
+            **places.notes,
         },
     )
     tracks = TrackTable.build(

@@ -61,7 +61,7 @@ class RunFiles:
     missing: tuple[str, ...]
 
     def part(self, name: str) -> Mapping[str, Any]:
-        """A section of ``environment.json``: "dataset", "model", "counts", "result", "versions"; empty if absent."""
+        """A section of ``environment.json``: "dataset", "model", "exposure", "counts", "result", "versions"."""
         found = self.environment.get(name)
         return found if isinstance(found, dict) else {}
 

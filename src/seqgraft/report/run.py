@@ -22,7 +22,7 @@ MAX_NAMES = 12
 def run_page(run: RunFiles) -> Page:
     """The report of one run; panels whose files are missing are left out."""
     sections = tuple(section for make in SECTIONS if (section := make(run)) is not None)
-    lead = " ".join(filter(None, [_data_sentence(run), _model_sentence(run)]))
+    lead = " ".join(filter(None, [_exposure_sentence(run), _data_sentence(run), _model_sentence(run)]))
     return Page(_title(run), lead, run.missing, sections)
 
 
@@ -86,6 +86,24 @@ def _model_sentence(run: RunFiles) -> str:
         return ""
     share = f"{run.trained:,} of {total:,} parameters trained ({run.trained / total:.2%})"
     return f"Model: {run.part('model').get('name', 'unknown')}, {share}."
+
+
+def _exposure_sentence(run: RunFiles) -> str:
+    """Only where the trunk has seen what the run was tested on, or nobody knows, and the run went on all the same."""
+    found = run.part("exposure")
+    allowed = ", which allow_exposure let pass" if found.get("allowed") else ""
+    return f"Not known to be held out from the trunk: {found['problem']}{allowed}." if found.get("problem") else ""
+
+
+def _exposure_section(run: RunFiles) -> Section | None:
+    found = run.part("exposure")
+    if not found.get("note"):
+        return None
+    counts = found.get("counts") or {}
+    touched = {"train": "its training", "valid": "its validation", "test": "only its test", "nothing": "none of its"}
+    rows = [(f"windows that touch {words} regions", f"{counts[name]:,}") for name, words in touched.items() if counts]
+    facts = Facts.of(("exposure", found["note"]), *rows, ("warning", _exposure_sentence(run)))
+    return Section("Has the trunk seen the test regions?", (facts,))
 
 
 def _scores_section(run: RunFiles) -> Section | None:
@@ -185,6 +203,7 @@ def _cost_section(run: RunFiles) -> Section | None:
         ("steps", Cell.of(result.get("steps")).text),
         ("device", environment.get("device")),
         ("threads", environment.get("threads")),
+        ("precision of training", environment.get("precision")),
     )
     return Section("What did it cost?", (facts,)) if facts.pairs else None
 
@@ -205,7 +224,6 @@ def _cards_section(run: RunFiles) -> Section | None:
         ("target", target if data else None),
         ("regions", ", ".join(f"{fold} {count:,}" for fold, count in data.get("folds", {}).items())),
         ("tracks", ", ".join(tracks[:MAX_NAMES]) + more),
-        ("exposure", run.environment.get("exposure")),
         ("trunk", model.get("name")),
         ("weights", model.get("weights")),
         ("licence", model.get("licence")),
@@ -240,6 +258,7 @@ def _provenance_section(run: RunFiles) -> Section | None:
 #: The panels of a run's report, in their order.
 SECTIONS: tuple[Callable[[RunFiles], Section | None], ...] = (
     _scores_section,
+    _exposure_section,
     _examples_section,
     _training_section,
     _genes_section,
