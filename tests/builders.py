@@ -17,7 +17,7 @@ from seqgraft.models.base import Head, SequenceModel, Trunk
 from seqgraft.models.borzoi import Borzoi
 from seqgraft.models.convnet import ConvNet
 from seqgraft.models.enformer import Enformer
-from seqgraft.models.weights import save_model
+from seqgraft.models.folders import save_model
 from seqgraft.sequence import PAD, decode
 from seqgraft.tracks import TrackTable
 
@@ -34,6 +34,8 @@ BORZOI: dict[str, Any] = {
     "positions": 64,
     "final": 24,
 }
+#: The same with the attention of Flashzoi, of which a part of each head is rotated.
+FLASHZOI: dict[str, Any] = BORZOI | {"attention": "rotary", "key_heads": 1, "rotary_size": 6}
 WINDOW, BINS, BIN_SIZE = 256, 12, 16
 FOLDS = ("train", "train", "train", "valid", "test", "train")
 

@@ -21,11 +21,13 @@ from torch import Tensor, nn
 
 from builders import tiny_enformer
 from seqgraft.errors import ConfigError, ModelError, SeqgraftError
-from seqgraft.models import enformer, huggingface
+from seqgraft.models import enformer
 from seqgraft.models.base import SequenceModel, State, apply_link, one_hot
 from seqgraft.models.enformer import Enformer
-from seqgraft.models.huggingface import Loaded, convert_enformer, find_folder, load_enformer
-from seqgraft.models.weights import ModelConfig, build_pretrained, find_model
+from seqgraft.models.folders import convert_published, find_model
+from seqgraft.models.hub_enformer import PUBLISHED, load_enformer
+from seqgraft.models.huggingface import Loaded, find_folder
+from seqgraft.models.weights import ModelConfig, build_pretrained
 from seqgraft.tracks import TrackTable
 
 DATA = Path(__file__).parent / "data"
@@ -328,7 +330,7 @@ def test_the_report_accounts_for_every_tensor(tmp_path: Path) -> None:
     }
     assert model.report.left == ()
     assert len(model.report.sha256) == 64
-    assert str(model.report).endswith("model.safetensors: 143 tensors matched, 0 new, 0 left (second names)")
+    assert str(model.report).endswith("model.safetensors: 143 tensors matched, 0 new, 0 left")
     assert not any(tensor.is_meta for tensor in (*model.trunk.state_dict().values(), *model.trunk.parameters()))
     assert all(p.requires_grad for p in model.trunk.parameters())
 
@@ -365,7 +367,7 @@ def test_a_pickled_file_and_second_names_give_the_same(tmp_path: Path) -> None:
 @torch.no_grad()
 def test_converted_weights_are_a_model_folder(tmp_path: Path) -> None:
     model, codes = loaded(tmp_path)
-    convert_enformer(model, tmp_path / "folder", name="tiny-enformer", licence="CC-BY-4.0", source="here")
+    convert_published(model, tmp_path / "folder", name="tiny-enformer", licence="CC-BY-4.0", source="here")
     pretrained = find_model(str(tmp_path / "folder"))
     assert pretrained is not None
     content = pretrained.content
@@ -395,7 +397,7 @@ def test_heads_take_the_users_tracks(tmp_path: Path) -> None:
     }
     model = load_enformer(folder, positions=32, tracks=tables)
     assert model.heads["mouse"].tracks.names == ["mouse-0", "mouse-1"]
-    with pytest.raises(ModelError, match="'human' needs a table of 3 tracks"):
+    with pytest.raises(ModelError, match=r"tracks: the heads .*{'human': 3, 'mouse': 2}.*{'human': 2}"):
         load_enformer(folder, positions=32, tracks={"human": tables["mouse"]})
 
 
@@ -472,9 +474,9 @@ def test_what_does_not_fit_is_refused(damage: str, tmp_path: Path) -> None:
     [
         ("nowhere", None, ModelError, "no such folder"),
         ("../some/where", None, ModelError, "no such folder"),
-        (huggingface.PUBLISHED, None, ConfigError, "needs the commit"),
-        (huggingface.PUBLISHED, "main", ConfigError, "needs the commit.*'main'"),
-        (huggingface.PUBLISHED, "a" * 40, ModelError, "cannot be downloaded"),
+        (PUBLISHED, None, ConfigError, "needs the commit"),
+        (PUBLISHED, "main", ConfigError, "needs the commit.*'main'"),
+        (PUBLISHED, "a" * 40, ModelError, "cannot be downloaded"),
     ],
 )
 def test_sources_that_cannot_be_found(
@@ -489,17 +491,17 @@ def test_a_hub_id_is_a_snapshot_of_that_commit(tmp_path: Path, monkeypatch: pyte
     import huggingface_hub
 
     folder = hub_folder(tmp_path / "hub")
-    asked: dict[str, object] = {}
+    asked: list[dict[str, object]] = []
 
     def snapshot(name: str, **arguments: object) -> str:
-        asked.update(name=name, **arguments)
+        asked.append({"name": name, **arguments})
         return str(folder)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
-    model = load_enformer(huggingface.PUBLISHED, revision="a" * 40, positions=32)
+    model = load_enformer(PUBLISHED, revision="a" * 40, positions=32)
     assert model.trunk.settings["gamma_per_position"] is False
-    assert asked == {
-        "name": huggingface.PUBLISHED,
-        "revision": "a" * 40,
-        "allow_patterns": ["config.json", "model.safetensors", "pytorch_model.bin"],
-    }
+    pinned = {"name": PUBLISHED, "revision": "a" * 40}
+    assert asked == [{**pinned, "allow_patterns": ["config.json", "model.safetensors"]}]
+    (folder / "model.safetensors").unlink()
+    assert find_folder(PUBLISHED, "a" * 40) == folder
+    assert asked[-1] == {**pinned, "allow_patterns": ["config.json", "pytorch_model.bin"]}

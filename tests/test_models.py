@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from builders import (
     BIN_SIZE,
     BINS,
+    FLASHZOI,
     WINDOW,
     settled_borzoi,
     settled_trunk,
@@ -30,15 +31,8 @@ from seqgraft.data.dataset import Dataset, DatasetInfo
 from seqgraft.errors import ConfigError, ModelError, SeqgraftError
 from seqgraft.models.base import Head, Stage, State, Step, Trunk, mean_of_valid, one_hot, weight_hash
 from seqgraft.models.convnet import ConvNet
-from seqgraft.models.weights import (
-    TRUNKS,
-    ModelConfig,
-    build_model,
-    build_pretrained,
-    bundled_models,
-    find_model,
-    save_model,
-)
+from seqgraft.models.folders import TRUNKS, bundled_models, find_model, save_model
+from seqgraft.models.weights import ModelConfig, build_model, build_pretrained
 from seqgraft.objectives import Elementwise
 from seqgraft.sequence import PAD
 from seqgraft.tracks import TrackTable
@@ -52,6 +46,7 @@ SMALL: dict[str, Callable[[], Trunk]] = {
     "borzoi: bins of 8 bp, no last convolution": lambda: settled_borzoi(
         2, bin_size=8, crop=4, blocks=2, final=0, upsample_conv=False, gelu="exact"
     ),
+    "borzoi: rotary attention": lambda: settled_borzoi(5, **FLASHZOI),
     "enformer": lambda: tiny_enformer(3),
     "enformer: bins of 32 bp": lambda: tiny_enformer(4, bin_size=32, crop=1, depth=2, gamma_per_position=True),
 }

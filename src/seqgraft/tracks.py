@@ -189,6 +189,16 @@ class TrackTable:
         return found
 
     @cached_property
+    def links(self) -> list[str]:
+        """The link of each track."""
+        return [str(link) for link in self.frame["link"]]
+
+    @cached_property
+    def _is_mean(self) -> NDArray[np.bool_]:
+        """Whether the statistic of each track is the mean."""
+        return (self.frame["statistic"] == "mean").to_numpy(dtype=np.bool_)
+
+    @cached_property
     def _parts(self) -> list[tuple[str, list[int]]]:
         """(squash, positions): tracks that share one squashing formula."""
         parts: dict[str, list[int]] = {}
@@ -349,7 +359,7 @@ def _per_bin(values: Any, tracks: TrackTable, bin_size: int) -> Any:
     shape = tuple(values.shape)
     if len(shape) < 2 or shape[-2] != len(tracks):
         raise DataError(f"the values need the shape (..., {len(tracks)} tracks, bins)", shape, remedy="Check the axes")
-    return _door(values)[1](np.where(tracks.frame["statistic"] == "mean", float(bin_size), 1.0)[:, None])
+    return _door(values)[1](np.where(tracks._is_mean, float(bin_size), 1.0)[:, None])
 
 
 def squash(bins: Array, tracks: TrackTable, bin_size: int) -> Array:

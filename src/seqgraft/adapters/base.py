@@ -250,7 +250,8 @@ def probe(trunk: Trunk, watch: Sequence[str] = ()) -> tuple[Tensor, set[str]]:
 
     Stages that crop are left out, so that a trunk of half a megabase is probed with a few hundred bases.
     """
-    length = -(-max(256, 8 * trunk.stride) // trunk.stride) * trunk.stride
+    shortest = max(256, 8 * trunk.stride) + 2 * trunk.drops * trunk.spec.bin_size
+    length = trunk.spec.length or -(-shortest // trunk.stride) * trunk.stride
     codes = torch.randint(0, 4, (2, length), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     called: set[str] = set()
     hooks = [trunk.get_submodule(n).register_forward_pre_hook(lambda *_, n=n: called.add(n)) for n in watch]

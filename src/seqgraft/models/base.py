@@ -114,7 +114,8 @@ class Stage(nn.Module):
     """One link of the chain; ``forward`` maps a state to a state.
 
     Attributes:
-        steps: what it does along the positions, in order; None if every output can depend on every input (global).
+        steps: what it does along the positions, in order and the same at every one; None if every output can depend on
+            every input (global).
         writes: skip name -> after how many steps it is kept.
         reads: skip name -> after how many steps it joins (and leaves the state).
     """
@@ -125,6 +126,16 @@ class Stage(nn.Module):
 
     def forward(self, state: State) -> State:
         raise NotImplementedError
+
+    def at(self, state: State, span: Span) -> State:
+        """``forward``, and of its ``x`` the positions ``span`` alone.
+
+        A global stage that keeps the number of positions, and neither writes nor reads skips, says here how that is
+        less work; ``local.Recompute`` then asks it.
+        """
+        state = self(state)
+        valid = None if state.valid is None else state.valid[:, slice(*span)]
+        return State(state.x[..., slice(*span)], state.skips, valid)
 
     @property
     def local(self) -> bool:
@@ -234,6 +245,10 @@ class Trunk(_StaysFrozen):
     settings: Mapping[str, Any]
     #: bp per bin where the data do not ask for a size: labels, whose bins are pooled.
     label_bin_size: ClassVar[int] = 16
+    #: Where the weights that ``build`` gives come from; None: they are random.
+    pretrained: ClassVar[str | None] = None
+    #: Bins that the stages drop at each end, those of crop stages left out.
+    drops: int = 0
     #: Input lengths are padded to a multiple of this many bp.
     stride: int = 1
     #: Recompute each stage in the backward pass instead of keeping its activations.
@@ -421,7 +436,7 @@ class SequenceModel(_StaysFrozen):
         """Predictions on the model's (squashed) scale, ``(batch, tracks, bins)``; computed in float32."""
         values = values.float()
         groups = self.tracks.groups
-        links = self.tracks.frame["link"].tolist()
+        links = self.tracks.links
         if len({links[index[0]] for index in groups.values()}) == 1 and links[0] != "softmax":
             return apply_link(values, links[0])
         out = torch.empty_like(values)

@@ -12,7 +12,7 @@ import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,22 +26,14 @@ from seqgraft.data.tables import read_track_table
 from seqgraft.errors import ModelError
 from seqgraft.models.base import Head, SequenceModel
 from seqgraft.models.borzoi import Borzoi
+from seqgraft.models.folders import save_model
 from seqgraft.models.params import Network, read_params
-from seqgraft.models.weights import save_model
+from seqgraft.models.reading import LoadReport, file_sha256
 from seqgraft.tracks import TrackTable
 
-__all__ = ["Baskerville", "LoadReport", "convert_baskerville", "export_baskerville", "load_baskerville"]
+__all__ = ["Baskerville", "convert_baskerville", "export_baskerville", "load_baskerville"]
 
 Arrays = dict[tuple[str, int], dict[str, npt.NDArray[np.float32]]]  # (kind of layer, place) -> weight -> array
-
-
-@dataclass(frozen=True)
-class LoadReport:
-    """Which tensors of the model the file had (``matched``) and had not (``new``), which of its own are ``left``."""
-
-    matched: tuple[str, ...]
-    new: tuple[str, ...]
-    left: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -110,8 +102,9 @@ def load_baskerville(
         tracks = _tracks(targets, head, network, transform_old, Path(h5))
         heads = _heads(tracks, trunk.spec.channels, head, Path(h5))
     report, adapter = _fill(trunk, layers, Path(h5))
-    found = () if heads is None else tuple(f"heads.{k}.{n}" for k, h in heads.items() for n in h.state_dict())
-    report = LoadReport((*report.matched, *found), report.new, report.left)
+    theirs = {"out.weight": f"dense {_denses(trunk)}/kernel", "out.bias": f"dense {_denses(trunk)}/bias"}
+    found = {f"heads.{k}.{n}": theirs[n] for k, h in (heads or {}).items() for n in h.state_dict()}
+    report = replace(report, matched={**report.matched, **found})
     return Baskerville(trunk, heads or {}, tracks, network, report, adapter)
 
 
@@ -165,9 +158,10 @@ def export_baskerville(model: SequenceModel, template: Path | str, path: Path | 
         ModelError: an adapter, another trunk, or one that Baskerville would run with another GELU.
     """
     trunk, path = model.trunk, Path(path)
-    if not isinstance(trunk, Borzoi) or model.adapter is not None or trunk.settings["gelu"] != "tanh":
-        found = (type(trunk).__name__, getattr(model.adapter, "label", None), trunk.settings.get("gelu"))
-        remedy = "Merge the adapter; Baskerville runs plain networks with the tanh form of GELU"
+    plain = {"gelu": "tanh", "attention": "relative"}
+    if not isinstance(trunk, Borzoi) or model.adapter is not None or not plain.items() <= trunk.settings.items():
+        found = (type(trunk).__name__, getattr(model.adapter, "label", None), *map(trunk.settings.get, plain))
+        remedy = "Merge the adapter; Baskerville runs plain networks with relative attention and the tanh form of GELU"
         raise ModelError("only a plain trunk of the Borzoi family can be exported", found, remedy=remedy)
     places, state = _places(trunk), trunk.state_dict()
     kernel = torch.cat([head.out.weight for head in model.heads.values()])[model._order]  # type: ignore[union-attr, misc]
@@ -347,6 +341,7 @@ def _fill(trunk: Borzoi, layers: Arrays, path: Path) -> tuple[LoadReport, dict[s
     """Copies the weights into the trunk; strict about names and shapes."""
     places, own = _places(trunk), trunk.state_dict()
     given: dict[str, Tensor] = {}
+    matched: dict[str, str] = {}
     adapter: dict[str, Tensor] = {}
     extra: list[str] = []
     bottlenecks = [f"{b.removesuffix('.attention')}.{end}" for b in places["multihead_attention"] for end in _AFTER]
@@ -368,6 +363,7 @@ def _fill(trunk: Borzoi, layers: Arrays, path: Path) -> tuple[LoadReport, dict[s
                 extra.append(f"{kind} {place}/{name}")
             else:
                 given[f"{modules[place]}.{ours}"] = _oriented(array, name)
+                matched[f"trunk.{modules[place]}.{ours}"] = f"{kind} {place}/{name}"
     counters = {name for name in own if name.endswith("num_batches_tracked")}
     given = {
         name: t[..., None] if name in own and _of_conv(trunk, name) and t.ndim == own[name].ndim - 1 else t
@@ -389,7 +385,8 @@ def _fill(trunk: Borzoi, layers: Arrays, path: Path) -> tuple[LoadReport, dict[s
     with torch.no_grad():
         for name, tensor in given.items():
             own[name].copy_(tensor)
-    return LoadReport(tuple(sorted(given)), tuple(sorted(counters)), tuple(sorted(adapter))), adapter
+    new = tuple(f"trunk.{name}" for name in sorted(counters))
+    return LoadReport(path, file_sha256(path), matched, new, tuple(sorted(adapter))), adapter
 
 
 _AFTER = ("attention.output", "down")  # the layers that Houlsby adapters follow

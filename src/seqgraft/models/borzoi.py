@@ -9,12 +9,16 @@ Linder, Srivastava, Yuan, Agarwal & Kelley 2025, "Predicting RNA-seq coverage fr
 gene regulation". Written from the specification in section 3 of the project's facts page on Baskerville, and
 compared with its outputs. Where the whole window is sequence, this is that network; where it ends in padding, the
 padding is masked in convolutions, pooling and attention, which the original does not know.
+
+Flashzoi (Hingerl, Karollus & Gagneur 2024, "Flashzoi: an enhanced Borzoi model for accelerated genomic analysis") is
+the same network with rotary positions in attention, the settings ``FLASHZOI``. Without padding it runs whatever kernel
+torch's ``scaled_dot_product_attention`` chooses: on a GPU in half precision that is flash attention.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, ClassVar, Literal
 
@@ -25,15 +29,19 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from seqgraft.errors import ModelError
-from seqgraft.models.base import Stage, State, Step, Trunk, TrunkSpec
+from seqgraft.models.base import Span, Stage, State, Step, Trunk, TrunkSpec
 from seqgraft.models.stages import Crop, max_pool
 
-__all__ = ["Borzoi", "bucket_rows", "relative_attention"]
+__all__ = ["FLASHZOI", "Borzoi", "bucket_rows", "relative_attention", "rotary_frequencies", "rotated"]
 
 _NORM_EPSILON = 1e-3
 #: Queries whose attention is computed at a time: memory is this many times the positions, not their square.
 _CHUNK = 512
+#: The same on a CPU, whose cache then holds their scores: twice as fast.
+_CPU_CHUNK = 128
 _TOWER = (608, 736, 896, 1056, 1280, 1536)
+#: The settings in which Flashzoi differs from Borzoi.
+FLASHZOI: Mapping[str, Any] = {"attention": "rotary", "key_heads": 4, "key_size": 192}
 
 
 class Borzoi(Trunk):
@@ -47,9 +55,14 @@ class Borzoi(Trunk):
         blocks: transformer blocks.
         heads: of their attention; the width of a head's values is ``tower[-1] / heads``.
         key_size: width of a head's queries and keys.
+        key_heads: heads of keys and values, each of which serves ``heads / key_heads`` heads of queries (grouped-query
+            attention), with rotary attention. 0: as many as ``heads``.
+        attention: "relative", learned relative positions; or "rotary", rotations of queries and keys, and biases.
+        rotary_size: how many numbers of a head's queries and keys are rotated, an even number.
+        rotary_base: ratio of the longest wavelength to the shortest, nearly.
         position_features: central masks of the relative positions, and as many again that have a sign: an even number.
         positions: positions of the transformer in the window of training. They fix the widths of the central masks, so
-            that other windows keep the scale of positions.
+            that other windows keep the scale of positions. Rotations are functions of the distance in bp as they are.
         upsample_kernel: width of the convolutions of the way up.
         upsample_conv: whether the lower resolution passes a dense layer before it is joined with the skip.
         final: channels of the last convolution, or 0 for none.
@@ -75,6 +88,10 @@ class Borzoi(Trunk):
         blocks: int = 8,
         heads: int = 8,
         key_size: int = 64,
+        key_heads: int = 0,
+        attention: Literal["relative", "rotary"] = "relative",
+        rotary_size: int = 128,
+        rotary_base: float = 20000.0,
         position_features: int = 32,
         positions: int = 4096,
         upsample_kernel: int = 3,
@@ -103,9 +120,14 @@ class Borzoi(Trunk):
         stages: dict[str, Stage] = {"stem": _Stem(stem, stem_kernel)}
         for i, (before, after) in enumerate(zip((stem, *tower), tower, strict=False)):
             stages[f"tower_{i}"] = _Tower(before, after, tower_kernel, gelu, f"tower_{i}" if i >= first else None)
-        attend = (heads, key_size, position_features, positions, attention_dropout, position_dropout)
         for i in range(blocks):
-            stages[f"transformer_{i}"] = _Block(width, _Attention(width, *attend), dropout)
+            stages[f"transformer_{i}"] = _Block(
+                width,
+                _Attention(width, heads, key_size, position_features, positions, attention_dropout, position_dropout)
+                if attention == "relative"
+                else _Rotary(width, heads, key_heads or heads, key_size, rotary_size, rotary_base, attention_dropout),
+                dropout,
+            )
         for i in range(ups):
             skip = len(tower) - 1 - i
             stages[f"upsample_{i}"] = _Upsample(
@@ -156,6 +178,18 @@ def _check(settings: dict[str, Any], resolutions: list[int], bin_size: int) -> N
     if settings["tower"][-1] % settings["heads"]:
         what = "the channels of the last stage of the tower must be a multiple of the heads"
         raise ModelError(what, (settings["tower"][-1], settings["heads"]), where="borzoi")
+    if settings["attention"] not in ("relative", "rotary"):
+        raise ModelError("attention must be 'relative' or 'rotary'", settings["attention"], where="borzoi")
+    if settings["attention"] == "relative" and settings["key_heads"] not in (0, settings["heads"]):
+        what = "relative attention has as many heads of keys as of queries"
+        raise ModelError(what, settings["key_heads"], where="borzoi", remedy="Leave key_heads out")
+    if settings["heads"] % (settings["key_heads"] or settings["heads"]):
+        what = "the heads must be a multiple of the heads of keys and values"
+        raise ModelError(what, (settings["heads"], settings["key_heads"]), where="borzoi")
+    turned = settings["rotary_size"]
+    if settings["attention"] == "rotary" and (turned % 2 or not 2 <= turned <= settings["key_size"]):
+        remedy = f"It is at most key_size, {settings['key_size']}"
+        raise ModelError("rotary_size must be even and fit the keys", turned, where="borzoi", remedy=remedy)
     if settings["position_features"] % 2 or settings["position_features"] < 2:
         raise ModelError("position_features must be even", settings["position_features"], where="borzoi")
     if settings["gelu"] not in ("tanh", "exact"):
@@ -210,7 +244,7 @@ class _Tower(Stage):
 class _Block(Stage):
     """A pre-norm transformer block, with ReLU between the feed-forward layers; global."""
 
-    def __init__(self, channels: int, attention: _Attention, dropout: float) -> None:
+    def __init__(self, channels: int, attention: _Attention | _Rotary, dropout: float) -> None:
         super().__init__()
         self.dropout = dropout
         self.attention_norm = nn.LayerNorm(channels, eps=_NORM_EPSILON)
@@ -220,11 +254,15 @@ class _Block(Stage):
         self.down = nn.Linear(2 * channels, channels)
 
     def forward(self, state: State) -> State:
+        return self.at(state, (0, state.x.shape[-1]))
+
+    def at(self, state: State, span: Span) -> State:
+        """The queries ``span`` on all keys."""
         drop = partial(functional.dropout, p=self.dropout, training=self.training)
-        x = state.x.transpose(1, 2)
-        x = x + drop(self.attention(self.attention_norm(x), state.valid))
+        x = state.x.transpose(1, 2).contiguous()  # once: the blocks after it find it so
+        x = x[:, slice(*span)] + drop(self.attention(self.attention_norm(x), state.valid, span))
         x = x + drop(self.down(drop(functional.relu(self.up(self.feedforward_norm(x))))))
-        return State(x.transpose(1, 2), state.skips, state.valid)
+        return State(x.transpose(1, 2), state.skips, None if state.valid is None else state.valid[:, slice(*span)])
 
 
 class _Attention(nn.Module):
@@ -251,10 +289,13 @@ class _Attention(nn.Module):
         self.content_bias = nn.Parameter(torch.zeros(1, heads, 1, key_size))
         self.position_bias = nn.Parameter(torch.zeros(1, heads, 1, key_size))
 
-    def forward(self, x: Tensor, valid: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, valid: Tensor | None, span: Span) -> Tensor:
+        """``(batch, n, channels)`` to the positions ``span`` of the same."""
         batch, n, channels = x.shape
+        start, stop = span
         query, key, value = (
-            layer(x).view(batch, n, self.heads, -1).transpose(1, 2) for layer in (self.query, self.key, self.value)
+            layer(y).view(batch, y.shape[1], self.heads, -1).transpose(1, 2)
+            for layer, y in ((self.query, x[:, start:stop]), (self.key, x), (self.value, x))
         )
         query = query * query.shape[-1] ** -0.5
         features, rows = bucket_rows(n, self.widths, x.device)
@@ -262,9 +303,75 @@ class _Attention(nn.Module):
         relative = self.position(features).view(len(features), self.heads, -1).permute(1, 2, 0)
         dropout = self.dropout if self.training else 0.0
         pairs = (query + self.content_bias, query + self.position_bias)
-        mixed = relative_attention(*pairs, key, value, relative, rows, valid, dropout)
-        attended: Tensor = self.output(mixed.transpose(1, 2).reshape(batch, n, channels))
+        mixed = relative_attention(*pairs, key, value, relative, rows, valid, dropout, start)
+        attended: Tensor = self.output(mixed.transpose(1, 2).reshape(batch, stop - start, channels))
         return attended
+
+
+class _Rotary(nn.Module):
+    """softmax(q k / sqrt(key size)) v, q and k rotated by angles proportional to their positions; all with biases.
+
+    Keys and values have fewer heads: head h of the queries reads head ``h // (heads / key_heads)`` of them. They are
+    repeated rather than left to the kernel to share, which not every one of them can.
+    """
+
+    def __init__(
+        self, channels: int, heads: int, key_heads: int, key_size: int, turned: int, base: float, dropout: float
+    ) -> None:
+        super().__init__()
+        self.heads, self.key_heads, self.dropout = heads, key_heads, dropout
+        self.turned, self.base = turned, base
+        self.query = nn.Linear(channels, heads * key_size)
+        self.key = nn.Linear(channels, key_heads * key_size)
+        self.value = nn.Linear(channels, key_heads * (channels // heads))
+        self.output = nn.Linear(channels, channels)
+
+    def forward(self, x: Tensor, valid: Tensor | None, span: Span) -> Tensor:
+        """``(batch, n, channels)`` to the positions ``span`` of the same."""
+        batch, n, channels = x.shape
+        start, stop = span
+        query, key, value = (
+            layer(y).view(batch, y.shape[1], heads, -1).transpose(1, 2)
+            for layer, heads, y in (
+                (self.query, self.heads, x[:, start:stop]),
+                (self.key, self.key_heads, x),
+                (self.value, self.key_heads, x),
+            )
+        )
+        positions = torch.arange(n, device=x.device, dtype=torch.float32)
+        angles = torch.outer(positions, rotary_frequencies(self.turned, self.base, x.device))
+        query, key = rotated(query, angles[start:stop]), rotated(key, angles)
+        key, value = (each.repeat_interleave(self.heads // self.key_heads, dim=1) for each in (key, value))
+        mixed = functional.scaled_dot_product_attention(
+            query,
+            key,
+            value,
+            attn_mask=None if valid is None else valid[:, None, None, :],
+            dropout_p=self.dropout if self.training else 0.0,
+        )
+        attended: Tensor = self.output(mixed.transpose(1, 2).reshape(batch, stop - start, channels))
+        return attended
+
+
+def rotary_frequencies(size: int, base: float, device: torch.device | None = None) -> Tensor:
+    """Radians per position ``base ** (-2i / size)``, i = 0..size/2 - 1, of the planes that are rotated, in float32.
+
+    Su et al. 2021, "RoFormer: enhanced transformer with rotary position embedding", section 3.2.2.
+    """
+    return 1.0 / base ** (torch.arange(0, size, 2, device=device, dtype=torch.float32) / size)
+
+
+def rotated(x: Tensor, angles: Tensor) -> Tensor:
+    """``x`` ``(..., n, size)`` with plane i of position p, its numbers i and i + planes, turned by ``angles[p, i]``.
+
+    As flash-attention's rotary embedding that does not interleave: in float32 or better, and what exceeds the
+    planes stays. ``angles``: ``(n, planes)``.
+    """
+    planes = angles.shape[-1]
+    cos, sin = angles.cos(), angles.sin()
+    first, second, rest = x[..., :planes], x[..., planes : 2 * planes], x[..., 2 * planes :]
+    turned = [first * cos - second * sin, first * sin + second * cos]
+    return torch.cat([*(part.to(x.dtype) for part in turned), rest], dim=-1)
 
 
 def mask_widths(count: int, positions: int) -> tuple[float, ...]:
@@ -302,21 +409,23 @@ def relative_attention(
     rows: Tensor,
     valid: Tensor | None = None,
     dropout: float = 0.0,
+    first: int = 0,
 ) -> Tensor:
     """softmax(content key + position relative[row of j - i]) value, exactly, a few hundred queries at a time.
 
     Each chunk is computed again in the backward pass instead of being kept, if there are several.
 
     Args:
-        content, position: queries for the two terms, ``(batch, heads, n, key size)``.
+        content, position: queries for the two terms, ``(batch, heads, m, key size)``.
         key, value: ``(batch, heads, n, size)``.
         relative: ``(heads, key size, rows)``.
         rows: the row of each distance j - i = -(n-1)..n-1, ``(2n - 1,)``.
         valid: ``(batch, n)``, False for keys that are padding.
         dropout: of the weights.
+        first: position of the first query.
 
     Returns:
-        ``(batch, heads, n, value size)``.
+        ``(batch, heads, m, value size)``.
     """
     n = key.shape[2]
     which = rows.unfold(0, n, 1)  # (n, n): row n - 1 - i has the distances to query i
@@ -326,17 +435,19 @@ def relative_attention(
         content: Tensor, position: Tensor, transposed: Tensor, value: Tensor, relative: Tensor, at: int
     ) -> Tensor:
         size = content.shape[2]
-        index = which[n - at - size : n - at].flip(0).expand(*content.shape[:2], size, n)
-        logits = content @ transposed + (position @ relative).gather(-1, index)
+        # The last query first, as the rows of `which` are: so it stays a view of 2n - 1 numbers, which a cache holds.
+        index = which[n - first - at - size : n - first - at].expand(*content.shape[:2], size, n)
+        logits = content.flip(2) @ transposed + (position.flip(2) @ relative).gather(-1, index)
         if valid is not None:
             logits = logits.masked_fill(~valid[:, None, None, :], torch.finfo(logits.dtype).min)
-        return functional.dropout(logits.softmax(-1), dropout) @ value
+        return (functional.dropout(logits.softmax(-1), dropout) @ value).flip(2)
 
     again = torch.is_grad_enabled() and n > _CHUNK
     run = partial(checkpoint, chunk, use_reentrant=False) if again else chunk
+    step = min(_CHUNK, _CPU_CHUNK) if key.device.type == "cpu" else _CHUNK
     parts = [
-        run(content[:, :, at : at + _CHUNK], position[:, :, at : at + _CHUNK], transposed, value, relative, at)
-        for at in range(0, n, _CHUNK)
+        run(content[:, :, at : at + step], position[:, :, at : at + step], transposed, value, relative, at)
+        for at in range(0, content.shape[2], step)
     ]
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from seqgraft.errors import ModelError
-from seqgraft.models.base import Stage, State, Step, Trunk, TrunkSpec
+from seqgraft.models.base import Span, Stage, State, Step, Trunk, TrunkSpec
 from seqgraft.models.stages import Crop, max_pool
 
 __all__ = ["ConvNet"]
@@ -131,26 +131,34 @@ class _Block(Stage):
         self.down = nn.Linear(2 * channels, channels)
 
     def forward(self, state: State) -> State:
-        x = state.x.transpose(1, 2)
-        x = x + self._attend(self.attention_norm(x), state.valid)
-        x = x + self.down(functional.gelu(self.up(self.feedforward_norm(x))))
-        return State(x.transpose(1, 2), state.skips, state.valid)
+        return self.at(state, (0, state.x.shape[-1]))
 
-    def _attend(self, x: Tensor, valid: Tensor | None) -> Tensor:
-        """``(batch, n, channels)``: softmax((q k + q r(j - i)) / sqrt(width)) v, with r linear in position features."""
+    def at(self, state: State, span: Span) -> State:
+        """The queries ``span`` on all keys."""
+        within, x = slice(*span), state.x.transpose(1, 2)
+        x = x[:, within] + self._attend(self.attention_norm(x), state.valid, within)
+        x = x + self.down(functional.gelu(self.up(self.feedforward_norm(x))))
+        return State(x.transpose(1, 2), state.skips, None if state.valid is None else state.valid[:, within])
+
+    def _attend(self, x: Tensor, valid: Tensor | None, within: slice = slice(None)) -> Tensor:
+        """softmax((q k + q r(j - i)) / sqrt(width)) v, with r linear in position features, of the queries ``within``.
+
+        ``x`` is ``(batch, n, channels)``.
+        """
         batch, n, channels = x.shape
         query, key, value = (
-            layer(x).view(batch, n, self.heads, -1).transpose(1, 2) for layer in (self.query, self.key, self.value)
+            layer(y).view(batch, -1, self.heads, channels // self.heads).transpose(1, 2)
+            for layer, y in ((self.query, x[:, within]), (self.key, x), (self.value, x))
         )
         scale = 1 / math.sqrt(query.shape[-1])
         relative = self.position(_position_features(n, x)).view(2 * n - 1, self.heads, -1).permute(1, 2, 0)
         distance = torch.arange(n, device=x.device)
-        index = (distance[None, :] - distance[:, None] + n - 1).expand(batch, self.heads, n, n)
+        index = (distance[None, :] - distance[within, None] + n - 1).expand(batch, self.heads, -1, n)
         bias = (query @ relative).gather(-1, index) * scale
         if valid is not None:
             bias = bias.masked_fill(~valid[:, None, None, :], float("-inf"))
         mixed = functional.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=scale)
-        attended: Tensor = self.output(mixed.transpose(1, 2).reshape(batch, n, channels))
+        attended: Tensor = self.output(mixed.transpose(1, 2).reshape(batch, -1, channels))
         return attended
 
 

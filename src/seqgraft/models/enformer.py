@@ -26,13 +26,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils._python_dispatch import _disable_current_modes
 
 from seqgraft.errors import ModelError
-from seqgraft.models.base import Stage, State, Step, Trunk, TrunkSpec
+from seqgraft.models.base import Span, Stage, State, Step, Trunk, TrunkSpec
 from seqgraft.models.stages import Crop
 
 __all__ = ["Enformer"]
 
+#: Queries whose attention is computed at a time on a CPU: their scores stay in its cache, and fewer distances occur.
+_CHUNK = 256
 _KINDS = 6  # of position features: three functions, with and without the sign of the distance
 
 
@@ -240,7 +243,7 @@ class _Positions:
 def _features(
     n: int, features: int, scale: int, per_position: bool, device: torch.device, dtype: torch.dtype
 ) -> Tensor:
-    with torch.inference_mode(False), torch.no_grad(), torch.device("cpu"):
+    with _disable_current_modes(), torch.inference_mode(False), torch.no_grad(), torch.device("cpu"):  # real numbers
         within = _magnitudes(n, features // _KINDS, scale, per_position)
         both = torch.cat([within[1:].flip(0), within])
         sign = torch.arange(1 - n, n).sign()[:, None]
@@ -294,46 +297,65 @@ class _Block(Stage):
         nn.init.normal_(self.position_bias)
 
     def forward(self, state: State) -> State:
-        x = state.x.transpose(1, 2)
-        x = x + self.dropout(self._attend(self.attention_norm(x), state.valid))
+        return self.at(state, (0, state.x.shape[-1]))
+
+    def at(self, state: State, span: Span) -> State:
+        """The queries ``span`` on all keys."""
+        x = state.x.transpose(1, 2).contiguous()  # once: the blocks after it find it so
+        x = x[:, slice(*span)] + self.dropout(self._attend(self.attention_norm(x), state.valid, span))
         hidden = functional.relu(self.dropout(self.up(self.feedforward_norm(x))))
         x = x + self.dropout(self.down(hidden))
-        return State(x.transpose(1, 2), state.skips, state.valid)
+        return State(x.transpose(1, 2), state.skips, None if state.valid is None else state.valid[:, slice(*span)])
 
-    def _attend(self, x: Tensor, valid: Tensor | None) -> Tensor:
-        """``(batch, n, channels)``: softmax((q + u) k(j) + (q + w) r(j - i)) v; q is scaled, r linear in features."""
+    def _attend(self, x: Tensor, valid: Tensor | None, span: Span | None = None) -> Tensor:
+        """softmax((q + u) k(j) + (q + w) r(j - i)) v of the queries ``span``, or all: q scaled, r linear in features.
+
+        ``x`` is ``(batch, n, channels)``.
+        """
         batch, n, channels = x.shape
+        start, stop = span or (0, n)
         query, key, value = (
-            layer(x).view(batch, n, self.heads, -1).transpose(1, 2) for layer in (self.query, self.key, self.value)
+            layer(y).view(batch, y.shape[1], self.heads, -1).transpose(1, 2)
+            for layer, y in ((self.query, x[:, start:stop]), (self.key, x), (self.value, x))
         )
         query = query / math.sqrt(query.shape[-1])
-        features = self.position_dropout(self.positions(n, self.position.weight))
-        relative = self.position(features).view(2 * n - 1, self.heads, -1).permute(1, 2, 0)
-        bias = _by_distance((query + self.position_bias).to(key.dtype) @ relative)
-        if valid is not None:
-            bias = bias.masked_fill(~valid[:, None, None, :], float("-inf"))
-        mixed = functional.scaled_dot_product_attention(
-            (query + self.content_bias).to(key.dtype),
-            key,
-            value,
-            attn_mask=bias.to(key.dtype),
-            dropout_p=self.attention_dropout.p if self.attention_dropout.training else 0.0,
-            scale=1.0,
-        )
-        attended: Tensor = self.output(mixed.transpose(1, 2).reshape(batch, n, channels))
+        features = self.position_dropout(self.positions(n, self.position.weight)[n - stop : 2 * n - 1 - start])
+        relative = self.position(features).view(len(features), self.heads, -1).permute(1, 2, 0)
+        content, position = ((query + bias).to(key.dtype) for bias in (self.content_bias, self.position_bias))
+        count = stop - start
+        size = _CHUNK if x.device.type == "cpu" else count
+        parts = []
+        for at in range(0, count, size):
+            last = min(at + size, count)
+            bias = _by_distance(position[:, :, at:last] @ relative[..., count - last : count + n - 1 - at])
+            if valid is not None:
+                bias = bias.masked_fill(~valid[:, None, None, :], float("-inf"))
+            parts.append(
+                functional.scaled_dot_product_attention(
+                    content[:, :, at:last],
+                    key,
+                    value,
+                    attn_mask=bias.to(key.dtype),
+                    dropout_p=self.attention_dropout.p if self.attention_dropout.training else 0.0,
+                    scale=1.0,
+                )
+            )
+        mixed = parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+        attended: Tensor = self.output(mixed.transpose(1, 2).reshape(batch, stop - start, channels))
         return attended
 
 
 def _by_distance(scores: Tensor) -> Tensor:
-    """Scores ``(..., n, 2n - 1)`` of each query for the distances -(n-1)..n-1, as ``(..., n, n)`` for each key.
+    """Scores of m queries in a row for the distances to n keys, as ``(..., m, n)`` for each key.
 
-    Row i wants its columns from n - 1 - i on; in memory that is every (2n - 2)th number from n - 1 on: a view.
+    They are ``(..., m, n + m - 1)``, from the least distance of the last query to the greatest of the first. Row i
+    wants its n columns from m - 1 - i on; in memory they begin at every (n + m - 2)th number from m - 1 on: a view.
     """
-    n = scores.shape[-2]
-    if n == 1:
+    m, n = scores.shape[-2], scores.shape[-1] - scores.shape[-2] + 1
+    if m == 1:
         return scores
-    flat = scores.flatten(-2)[..., n - 1 : n - 1 + n * (2 * n - 2)]
-    return flat.view(*flat.shape[:-1], n, 2 * n - 2)[..., :n]
+    flat = scores.flatten(-2)[..., m - 1 : m - 1 + m * (n + m - 2)]
+    return flat.view(*flat.shape[:-1], m, n + m - 2)[..., :n]
 
 
 class _Final(Stage):

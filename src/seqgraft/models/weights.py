@@ -1,57 +1,25 @@
-"""Models by name: the registry of trunks, and the folder format in which weights travel.
-
-::
-
-    NAME/
-      model.json            format version, architecture and settings, tracks and heads, hash of the weights, licence
-      weights.safetensors   "trunk.*" and "heads.*"
-      trained_on.bed        the regions that the weights were fitted to (column 4: the fold)
-      card.md               for people
-
-A name is one of the models that come with the package (``seqgraft models``), the path of such a folder, or an
-architecture (``convnet``) with random weights.
-"""
+"""Models of an experiment: a trunk by name, with new heads, those that came with its weights, or both."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-import pandas as pd
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 
-from seqgraft.data.dataset import DatasetInfo, new_folder, write_json
+from seqgraft.data.dataset import DatasetInfo
 from seqgraft.errors import ConfigError, ModelError, Problems
 from seqgraft.models.base import Head, SequenceModel, Trunk, weight_hash, with_spec
-from seqgraft.models.borzoi import Borzoi
-from seqgraft.models.convnet import ConvNet
-from seqgraft.models.enformer import Enformer
+from seqgraft.models.folders import TRUNKS, Pretrained, find_model
+from seqgraft.models.wrap import WrappedTrunk, redraw
 from seqgraft.tracks import TrackTable
 
-__all__ = [
-    "TRUNKS",
-    "ModelConfig",
-    "Pretrained",
-    "build_model",
-    "build_pretrained",
-    "bundled_models",
-    "find_model",
-    "read_tensors",
-    "save_model",
-]
+__all__ = ["ModelConfig", "build_model", "build_pretrained", "is_random"]
 
-FORMAT_VERSION = 1
 PRETRAINED = "pretrained_"  # heads whose names start so came with the weights and stay as they are
 CONTINUED = "continued_"  # and those of head: pretrained, which train on
-
-#: Architecture -> class. A new trunk is registered here, and the contract tests find it.
-TRUNKS: dict[str, type[Trunk]] = {"convnet": ConvNet, "borzoi": Borzoi, "enformer": Enformer}
 
 
 @dataclass(frozen=True)
@@ -59,19 +27,25 @@ class ModelConfig:
     """Which model to start from.
 
     Attributes:
-        name: a bundled model, the path of a model folder, or an architecture.
+        name: a bundled model, the path of a model folder, a hub id such as ``johahi/flashzoi-replicate-0``, or an
+            architecture.
+        revision: the full commit of a hub id's repository.
         init: "random" keeps the architecture and draws new weights: the control that training from scratch needs.
         head: "new" heads for the new tracks; "pretrained": the heads that came with the weights train on, for tracks of
             the same names; "extend": new heads. Pretrained tracks that the data lack are kept frozen beside them.
         pool: how the bins of a labelled sequence become one.
         settings: of an architecture, such as ``{channels: 96, depth: 4, blocks: 2}``.
+        trained_on: BED of the regions that the weights were trained on, with their fold in column 4, for models that
+            do not bring it; or a key of ``seqgraft.data.seen.TRUNK_FOLDS``, or "download".
     """
 
     name: str = "convnet"
+    revision: str | None = None
     init: Literal["pretrained", "random"] = "pretrained"
     head: Literal["new", "pretrained", "extend"] = "new"
     pool: Literal["mean", "max"] = "mean"
     settings: Mapping[str, Any] = field(default_factory=dict)
+    trained_on: Path | None = None
 
     def __post_init__(self) -> None:
         """Every setting of an architecture is of the type of its default."""
@@ -92,101 +66,15 @@ def _like(value: object, default: object) -> bool:
     return default is None or type(value) is type(default)
 
 
-@dataclass(frozen=True)
-class Pretrained:
-    """A model folder, read but not built."""
-
-    folder: Path
-    content: Mapping[str, Any]
-
-    @property
-    def name(self) -> str:
-        return str(self.content["name"])
-
-    @cached_property
-    def tracks(self) -> TrackTable:
-        return TrackTable.build(self.content["tracks"])
-
-    @property
-    def trained_on(self) -> Path | None:
-        path = self.folder / "trained_on.bed"
-        return path if path.exists() else None
-
-    def tensors(self) -> dict[str, torch.Tensor]:
-        return read_tensors(self.folder / "weights.safetensors")
-
-
-def bundled_models() -> dict[str, Pretrained]:
-    """The models that come with the package, by name."""
-    folder = Path(__file__).parent.parent / "trunks"
-    return {path.parent.name: _read_folder(path.parent) for path in sorted(folder.glob("*/model.json"))}
-
-
-def find_model(name: str) -> Pretrained | None:
-    """The pretrained model of that name or path; None if it names an architecture.
+def is_random(config: ModelConfig) -> bool:
+    """Are the trunk's weights drawn anew?
 
     Raises:
         ConfigError: there is no such model.
     """
-    if name in TRUNKS:
-        return None
-    bundled = bundled_models()
-    if name in bundled:
-        return bundled[name]
-    if (Path(name) / "model.json").exists():
-        return _read_folder(Path(name))
-    raise ConfigError(
-        "there is no such model",
-        name,
-        where="model.name",
-        remedy=f"Choose one of {sorted([*bundled, *TRUNKS])}, or the path of a folder with a model.json",
-    )
-
-
-def _read_folder(folder: Path) -> Pretrained:
-    path = folder / "model.json"
-    try:
-        content = json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        remedy = "Copy or download the folder again"
-        raise ConfigError(f"the file is not valid JSON ({error})", where=path, remedy=remedy) from error
-    if not isinstance(content, dict):
-        raise ConfigError("the file does not describe a model", type(content).__name__, where=path)
-    if content.get("format") != "seqgraft-model" or content.get("format_version") != FORMAT_VERSION:
-        raise ConfigError(
-            "the model has a format or version that this seqgraft does not read",
-            content.get("format_version"),
-            where=path,
-        )
-    needed = ("name", "architecture", "settings", "bin_size", "heads", "tracks", "weights_sha256")
-    if absent := [key for key in needed if key not in content]:
-        raise ConfigError("the model's description lacks entries", absent, where=path, remedy="Copy the folder again")
-    if content["architecture"] not in TRUNKS:
-        raise ModelError(
-            "the model has an unknown architecture",
-            content["architecture"],
-            where=path,
-            remedy=f"Known are {sorted(TRUNKS)}",
-        )
-    return Pretrained(folder, content)
-
-
-def read_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a safetensors file.
-
-    Raises:
-        ModelError: the file is missing, truncated or not a safetensors file.
-    """
-    if not path.exists():
-        raise ModelError("the weights are missing", str(path), remedy="Copy the whole folder")
-    try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise ModelError(
-            f"the weights cannot be read ({error})",
-            str(path),
-            remedy="The file may be truncated: copy or download it again",
-        ) from error
+    if config.init == "random":
+        return True
+    return find_model(config.name, config.revision) is None and TRUNKS[config.name].pretrained is None
 
 
 def build_model(config: ModelConfig, tracks: TrackTable, info: DatasetInfo, covariates: int = 0) -> SequenceModel:
@@ -201,7 +89,7 @@ def build_model(config: ModelConfig, tracks: TrackTable, info: DatasetInfo, cova
         ConfigError: unknown model or settings.
         ModelError: the trunk does not fit the dataset's window or bins, or its weights do not fit the architecture.
     """
-    pretrained = find_model(config.name)
+    pretrained = find_model(config.name, config.revision)
     labels = info.bins == 1
     trunk = _build_trunk(config, pretrained, info, labels)
     pool = config.pool if labels else "none"
@@ -220,7 +108,7 @@ def build_pretrained(config: ModelConfig, info: DatasetInfo) -> SequenceModel | 
 
     Its outputs are what the new data's predictions are compared with, and what fine-tuning may forget.
     """
-    pretrained = find_model(config.name)
+    pretrained = find_model(config.name, config.revision)
     if pretrained is None or config.init == "random" or info.bins == 1:
         return None
     trunk = _build_trunk(config, pretrained, info, labels=False)
@@ -249,7 +137,7 @@ def _build_trunk(config: ModelConfig, pretrained: Pretrained | None, info: Datas
     kind = TRUNKS[architecture]
     native = int(pretrained.content["bin_size"]) if pretrained else (kind.label_bin_size if labels else info.bin_size)
     if labels:
-        crop = 0
+        crop = kind.drops
     else:
         if native != info.bin_size:
             raise ModelError(
@@ -273,6 +161,9 @@ def _build_trunk(config: ModelConfig, pretrained: Pretrained | None, info: Datas
             remedy=f"It takes {', '.join(names)}",
         )
     trunk = kind.build(settings, bin_size=native, crop=crop)
+    if config.init == "random" and isinstance(trunk, WrappedTrunk) and trunk.pretrained is not None:
+        redraw(trunk)
+        with_spec(trunk, weights=None)
     if not labels and info.window % trunk.stride:
         raise ModelError(
             "the window must be a multiple of the trunk's stride",
@@ -284,9 +175,8 @@ def _build_trunk(config: ModelConfig, pretrained: Pretrained | None, info: Datas
         content = pretrained.content
         with_spec(trunk, name=pretrained.name, licence=content.get("licence", ""), citation=content.get("citation", ""))
         if config.init == "pretrained":
-            with_spec(
-                trunk, weights=str(content["weights_sha256"]), folds=pretrained.name if pretrained.trained_on else None
-            )
+            own = pretrained.name if pretrained.trained_on else None
+            with_spec(trunk, weights=str(content["weights_sha256"]), folds=pretrained.folds or own)
     return trunk
 
 
@@ -413,58 +303,4 @@ def _load(model: SequenceModel, pretrained: Pretrained) -> None:
             found,
             where=pretrained.folder,
             remedy="Copy or download the folder again",
-        )
-
-
-def save_model(
-    model: SequenceModel,
-    folder: Path,
-    *,
-    name: str,
-    info: DatasetInfo,
-    licence: str,
-    citation: str,
-    trained_on: pd.DataFrame | None,
-    card: str,
-    **facts: object,
-) -> None:
-    """Writes a model folder from a model without adapters (merge first).
-
-    Args:
-        trained_on: regions (chrom, start, end, fold) that the weights were fitted to, for leak checks.
-        facts: anything else that ``model.json`` should record.
-    """
-    trunk = model.trunk
-    architecture = next(key for key, cls in TRUNKS.items() if type(trunk) is cls)
-    with new_folder(Path(folder)) as building:
-        tensors = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
-        save_file(tensors, building / "weights.safetensors")
-        if trained_on is not None:
-            trained_on[["chrom", "start", "end", "fold"]].to_csv(
-                building / "trained_on.bed", sep="\t", header=False, index=False
-            )
-        (building / "card.md").write_text(card)
-        tracks = model.tracks.replace(file=[""] * len(model.tracks)).to_frame()
-        write_json(
-            building / "model.json",
-            {
-                "format": "seqgraft-model",
-                "format_version": FORMAT_VERSION,
-                "name": name,
-                "architecture": architecture,
-                "settings": dict(trunk.settings),
-                "bin_size": trunk.spec.bin_size,
-                "window": info.window,
-                "bins": info.bins,
-                "genome": (info.genome or {}).get("hash"),
-                "heads": {key: head.tracks.names for key, head in model.heads.items() if isinstance(head, Head)},
-                "tracks": [
-                    {k: None if isinstance(v, float) and v != v else v for k, v in row.items()}
-                    for row in tracks.to_dict("records")
-                ],
-                "weights_sha256": weight_hash(trunk),
-                "licence": licence,
-                "citation": citation,
-                **facts,
-            },
         )
