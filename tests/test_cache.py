@@ -29,6 +29,7 @@ from seqgraft.experiment import parse_experiment
 from seqgraft.models.base import Head, SequenceModel, State
 from seqgraft.models.weights import ModelConfig, build_model
 from seqgraft.plan import plan_run
+from seqgraft.predict import resolve_precision
 from seqgraft.run import fit_run
 from seqgraft.train import TrainConfig, cache_choice
 from test_contract import TRUNK_SETTINGS
@@ -62,7 +63,7 @@ def activations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def open_cache(model: SequenceModel, dataset: Dataset, config: TrainConfig) -> ActivationCache:
     choice = cache_choice(model, dataset, config, dataset.rows("train"), dataset.rows("valid"))
-    return ActivationCache.open(model, dataset, choice, config.precision, config.augment)
+    return ActivationCache.open(model, dataset, choice, resolve_precision(config.precision, model), config.augment)
 
 
 def stores(activations: Path) -> list[Path]:

@@ -17,7 +17,7 @@ import pytest
 import torch
 import yaml
 
-from builders import BORZOI
+from builders import BORZOI, FLASHZOI
 from seqgraft import run as runs
 from seqgraft.adapters import ADAPTERS
 from seqgraft.bigwig import runs as runs_of
@@ -25,7 +25,7 @@ from seqgraft.bigwig import write_bigwig
 from seqgraft.data import SOURCES, open_dataset
 from seqgraft.experiment import parse_experiment, read_experiment
 from seqgraft.models.base import SequenceModel
-from seqgraft.models.weights import TRUNKS
+from seqgraft.models.folders import TRUNKS
 from seqgraft.plan import plan_run
 from seqgraft.predict import predict
 from seqgraft.sequence import decode
@@ -38,6 +38,9 @@ TRUNK_SETTINGS: dict[str, Settings] = {
     "borzoi": BORZOI,
     "enformer": {"channels": 24, "depth": 1, "heads": 2, "key_size": 4, "divisible_by": 2, "positions": 16},
 }
+
+#: Settings with which a trunk runs other code, and the sources that they are tested on.
+VARIANTS: dict[str, tuple[str, Settings, tuple[str, ...]]] = {"flashzoi": ("borzoi", FLASHZOI, ("binary",))}
 
 ADAPTER_SETTINGS: dict[str, dict[str, Settings]] = {
     "linear_probe": {"linear probe": {}},
@@ -74,6 +77,13 @@ CASES = [
     if kind in ADAPTERS
     for label in ADAPTER_SETTINGS[kind]
     for source in itertools.chain.from_iterable(SOURCE_CASES[entry] for entry in SOURCE_CASES if entry in SOURCES)
+]
+CASES += [
+    pytest.param(variant, kind, label, source, id=f"{variant}-{label}-{source}")
+    for variant, (_, _, sources) in VARIANTS.items()
+    for kind in ADAPTER_SETTINGS
+    for label in ADAPTER_SETTINGS[kind]
+    for source in sources
 ]
 
 
@@ -201,10 +211,11 @@ def test_the_whole_way(
     settings = ADAPTER_SETTINGS[kind][label]
     if settings.get("quantize") and importlib.util.find_spec("bitsandbytes") is None:
         pytest.skip("bitsandbytes is not installed")
+    name, chosen, _ = VARIANTS.get(trunk, (trunk, TRUNK_SETTINGS.get(trunk), ()))
     experiment = parse_experiment(
         {
             "data": str(prepared(case)),
-            "model": {"name": trunk, "settings": TRUNK_SETTINGS[trunk]},
+            "model": {"name": name, "settings": chosen},
             "adapter": {"kind": kind, **settings},
             "train": {"epochs": 2, "batch_size": 4, "lr": 0.003},
             "evaluate": {"draws": 20, "block": 400},
@@ -227,7 +238,7 @@ def test_the_whole_way(
     result = runs.fit_run(experiment, folder)
     assert result.epochs == 2
     assert np.isfinite(result.best_score)
-    assert read_experiment(folder / "experiment.yaml") == experiment
+    assert read_experiment(folder / "experiment.yaml") == runs.with_precision(experiment, live[0])
     assert {path.name for path in folder.iterdir()} == {
         *("adapter", "checkpoints", "environment.json", "experiment.yaml", "log.csv")
     }

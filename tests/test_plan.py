@@ -10,20 +10,25 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pybigtools
 import pytest
 import torch
 from torch import nn
 from typer.testing import CliRunner
 
+import seqgraft.memory
+import seqgraft.models.folders
 import seqgraft.plan
 from builders import SETTINGS, tiny_coverage, tiny_labels, tiny_pretrained
 from seqgraft.adapters import adapt
 from seqgraft.cli import app
+from seqgraft.data import prepare_source
 from seqgraft.data.dataset import open_dataset
+from seqgraft.data.seen import TRUNK_FOLDS, TrunkFolds
 from seqgraft.errors import ConfigError, DataError, RunError
-from seqgraft.experiment import Experiment, parse_experiment, settings_of, write_yaml
+from seqgraft.experiment import Experiment, parse_experiment, parse_source, settings_of, write_yaml
 from seqgraft.plan import MAX_EXPOSURE, Cost, measure_cost, parse_memory, plan_run
-from seqgraft.run import build_run, fit_run, objective_of
+from seqgraft.run import build_run, export_run, fit_run, objective_of
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +130,7 @@ def test_exposure_is_a_share_of_windows(folder: Path, tmp_path: Path) -> None:
     def share(*regions: tuple[int, int]) -> float:
         lines = "".join(f"chr1\t{start}\t{end}\ttrain\n" for start, end in regions)
         (tmp_path / "model" / "trained_on.bed").write_text(lines or "chr2\t0\t5\ttrain\n")
-        return seqgraft.plan.test_exposure(planned, data)[0]
+        return seqgraft.plan.test_exposure(planned, data).share
 
     first = test.iloc[0]
     assert share() == 0
@@ -135,6 +140,23 @@ def test_exposure_is_a_share_of_windows(folder: Path, tmp_path: Path) -> None:
     assert share((first["end"] + 32, first["end"] + 40)) == 0
     assert len(test) == 4
     assert 1 / len(test) > MAX_EXPOSURE
+
+
+def test_windows_are_counted_by_the_trunks_folds(folder: Path, tmp_path: Path) -> None:
+    """Only what the trunk was trained on counts as exposed; validation is told apart."""
+    shutil.copytree(folder / "model", tmp_path / "model")
+    data = open_dataset(folder / "data")
+    starts = data.regions.iloc[data.rows("test")]["start"].tolist()
+    lines = [(starts[0], "train"), (starts[0], "test"), (starts[1], "valid"), (starts[1], "test"), (starts[2], "test")]
+    bed = "".join(f"chr1\t{start}\t{start + 9}\t{fold}\n" for start, fold in lines)
+    (tmp_path / "model" / "trained_on.bed").write_text(bed)
+    found = plan_run(experiment(folder, model={"name": str(tmp_path / "model")}))
+    assert [type(problem) for problem in found.problems] == [DataError]
+    assert found.facts["leak exposure"] == "25.0% of the 4 windows of fold 'test' overlap the trunk's training regions"
+    counted = "1 its training, 1 its validation, 1 only its test regions, 1 nothing"
+    assert found.facts["the trunk saw"] == f"of the windows of fold 'test': {counted}"
+    (tmp_path / "model" / "trained_on.bed").write_text(bed.replace("train", "valid"))
+    assert plan_run(experiment(folder, model={"name": str(tmp_path / "model")})).would_start
 
 
 @pytest.mark.parametrize(
@@ -158,6 +180,138 @@ def test_exposure_that_cannot_be_known_is_said(folder: Path, tmp_path: Path, cha
     found = plan_run(experiment(folder, "labels" if change == "labels" else "data", model=model))
     assert found.would_start
     assert found.facts["leak exposure"].startswith(note)
+
+
+# ---- exposure to a published trunk ----
+
+
+@pytest.fixture
+def published(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A model converted from a published trunk, "toy": it names its split, and has neither regions nor a genome."""
+    monkeypatch.setenv("SEQGRAFT_CACHE", str(tmp_path / "cache"))
+    names = {"fold0": "train", "fold3": "test", "fold4": "valid"}
+    facts = TrunkFolds("toy1", names, 64, "https://example.org/toy.bed.gz", "", "", "")
+    monkeypatch.setitem(TRUNK_FOLDS, "toy", facts)
+    shutil.copytree(folder / "model", tmp_path / "model")
+    (tmp_path / "model" / "trained_on.bed").unlink()
+    describe(tmp_path / "model", genome=None, folds="toy")
+    return tmp_path / "model"
+
+
+def describe(model: Path, **entries: object) -> None:
+    content = json.loads((model / "model.json").read_text())
+    (model / "model.json").write_text(json.dumps(content | entries))
+
+
+def toy_list(folder: Path, path: Path, *, shift: int, chrom: str = "chr1") -> Path:
+    """The start of each test window in fold0, "shift" bp before it; 30 bp, of which the trunk saw 17 more on a side."""
+    data = open_dataset(folder / "data")
+    starts = data.regions.iloc[data.rows("test")]["start"] - 32 - 30 - shift
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(f"{chrom}\t{start}\t{start + 30}\tfold0\n" for start in starts))
+    return path
+
+
+@pytest.mark.parametrize("where", ["the folder", "the setting", "the cache", "the setting names the split"])
+def test_the_regions_of_a_published_trunk(folder: Path, tmp_path: Path, published: Path, where: str) -> None:
+    model: dict[str, Any] = {"name": str(published)}
+    path = {"the folder": published / "trained_on.bed", "the setting": tmp_path / "list.bed"}.get(where)
+    path = path or tmp_path / "cache" / "folds" / "toy.bed.gz"
+    if where == "the setting":
+        model["trained_on"] = str(path)
+    if where == "the setting names the split":
+        describe(published, folds=None)
+        model["trained_on"] = "toy"
+    for shift, share in ((17, 0.0), (16, 1.0)):
+        toy_list(folder, path, shift=shift)
+        found = plan_run(experiment(folder, model=model))
+        assert found.would_start is (share == 0)
+        wanted = f"{share:.1%} of the 4 windows of fold 'test' overlap the trunk's training regions"
+        assert found.facts["leak exposure"] == f"{wanted}, assuming that the genome is toy1"
+
+
+def test_a_published_trunk_without_its_regions_is_refused(folder: Path, tmp_path: Path, published: Path) -> None:
+    found = plan_run(experiment(folder, model={"name": str(published)}))
+    (problem,) = found.problems
+    for words in ("the published regions are not here", "https://example.org/toy.bed.gz", "model.trained_on", "allow"):
+        assert words in str(problem)
+    assert found.facts["leak exposure"].startswith("unknown: folds of toy: the published regions are not here")
+    assert plan_run(experiment(folder, model={"name": str(published)}, allow_exposure=True)).would_start
+    missing = plan_run(experiment(folder, model={"name": str(published), "trained_on": "nowhere.bed"}))
+    assert "nowhere.bed: the file does not exist" in str(missing.problems[0])
+
+
+@pytest.mark.parametrize(
+    ("chrom", "words"), [("1", "no chromosome: '1'. The FASTA has 'chr1'"), ("chrX", "no chromosome: 'chrX'")]
+)
+def test_a_published_trunk_of_other_chromosomes(
+    folder: Path, tmp_path: Path, published: Path, chrom: str, words: str
+) -> None:
+    toy_list(folder, published / "trained_on.bed", shift=0, chrom=chrom)
+    found = plan_run(experiment(folder, model={"name": str(published)}))
+    assert words in str(found.problems[0])
+    assert not plan_run(experiment(folder, model={"name": str(published)}, allow_exposure=True)).problems
+
+
+def test_a_model_of_the_hub_names_its_split(folder: Path, published: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    commit = "0123456789" * 4
+    found = {("someone/toy", commit): published}
+    monkeypatch.setattr(seqgraft.models.folders, "_converted", lambda name, revision: found[name, revision])
+    planned = experiment(folder, model={"name": "someone/toy", "revision": commit})
+    assert "folds of toy: the published regions are not here" in str(plan_run(planned).problems[0])
+
+
+def test_a_split_that_nobody_knows(folder: Path, tmp_path: Path, published: Path) -> None:
+    describe(published, folds="mine")
+    assert "does not say which regions it was trained on: 'mine'" in str(
+        plan_run(experiment(folder, model={"name": str(published)})).problems[0]
+    )
+    path = tmp_path / "list.bed"
+    path.write_text("chr1\t0\t5\ttrain\n")
+    assert plan_run(experiment(folder, model={"name": str(published), "trained_on": str(path)})).would_start
+
+
+def test_the_split_of_the_trunk_has_no_exposure(tmp_path: Path, published: Path) -> None:
+    """Prepared with folds by trunk, the same windows that plan looks at are clear of what the trunk saw."""
+    rng = np.random.default_rng(0)
+    (tmp_path / "genome.fa").write_text(f">chr1\n{''.join(rng.choice(list('ACGT'), 12_000))}\n")
+    signal = [("chr1", start, start + 10, float(rng.integers(1, 9))) for start in range(0, 12_000, 10)]
+    pybigtools.open(str(tmp_path / "atac.bw"), "w").write({"chr1": 12_000}, signal)
+    bed = tmp_path / "list.bed"
+    # borders where tiles of 192 bp begin: only what the window has beside the tile crosses them
+    bed.write_text("chr1\t0\t4032\tfold4\nchr1\t4032\t8064\tfold0\nchr1\t8064\t12000\tfold3\n")
+
+    def prepared(name: str, folds: dict[str, Any]) -> Experiment:
+        source = {"kind": "coverage", "fasta": "genome.fa", "window": 256, "target_length": 192, "bin_size": 16}
+        content = source | {"folds": folds, "tracks": [{"name": "atac", "file": str(tmp_path / "atac.bw")}]}
+        source = parse_source(content | {"fasta": str(tmp_path / "genome.fa")})
+        data = prepare_source(source, tmp_path / name)
+        model = {"name": str(published), "trained_on": str(bed)}
+        assert ("trunk_folds" in data.info.notes) is (folds["by"] == "trunk")
+        return parse_experiment({"data": str(tmp_path / name), "model": model})
+
+    found = plan_run(prepared("clean", {"by": "trunk", "trunk": "toy", "bed": str(bed)}))
+    assert found.would_start
+    assert found.facts["leak exposure"].startswith("0.0% of the 19 windows of fold 'test'")
+    assert "0 its training, 0 its validation, 19 only its test regions, 0 nothing" in found.facts["the trunk saw"]
+    leaky = plan_run(prepared("leaky", {"by": "cluster", "valid": 0.2, "test": 0.2}))
+    assert "overlap regions that the trunk was pretrained on" in str(leaky.problems[0])
+
+
+def test_a_run_and_its_export_remember_what_the_trunk_saw(folder: Path, tmp_path: Path, published: Path) -> None:
+    bed = toy_list(folder, tmp_path / "list.bed", shift=0)
+    model = {"name": str(published), "trained_on": str(bed)}
+    fit_run(experiment(folder, model=model, allow_exposure=True), tmp_path / "run")
+    recorded = json.loads((tmp_path / "run" / "environment.json").read_text())["exposure"]
+    assert recorded["counts"] == {"train": 4, "valid": 0, "test": 0, "nothing": 0}
+    assert (recorded["share"], recorded["allowed"], recorded["fold"]) == (1.0, True, "test")
+    assert recorded["problem"].startswith("100.0% of the windows")
+    export_run(tmp_path / "run", tmp_path / "grown", name="grown")
+    assert json.loads((tmp_path / "grown" / "model.json").read_text())["folds"] == "toy"
+    grown = plan_run(experiment(folder, model={"name": str(tmp_path / "grown")}))
+    assert "folds of toy: the published regions are not here" in str(grown.problems[0])
+    known = plan_run(experiment(folder, model={"name": str(tmp_path / "grown"), "trained_on": str(bed)}))
+    assert known.facts["leak exposure"].startswith("100.0%")
 
 
 # ---- memory ----
@@ -208,7 +362,7 @@ class Chain(nn.Module):
 def test_live_bytes_counts_what_lives() -> None:
     """Five squares of 4000 bytes keep their inputs; what is freed on the way does not count."""
     chain, x = Chain(5, 100_000), torch.ones(1000)
-    with seqgraft.plan._LiveBytes() as live:
+    with seqgraft.memory.LiveBytes() as live:
         y = chain(x)
         kept = live.now
         with torch.no_grad():

@@ -68,49 +68,6 @@ class CacheSettings:
 
 
 @dataclass(frozen=True)
-class Choice:
-    """Whether, where and how activations are kept.
-
-    Attributes:
-        cut: the stage that runs on what is kept; "" past the last one; None if nothing is kept.
-        storage: "float16", "float32", or "" if nothing is kept.
-        reason: why nothing is kept.
-        size: bytes on disk once every region was seen in every view.
-        views: in how many views a training region is kept.
-        seconds: of the prefix per region, on this machine; 0 where it was not measured.
-        saved: share of the prefix's runs of the whole training that are not needed, on average.
-    """
-
-    cut: str | None
-    storage: str = ""
-    reason: str = ""
-    size: int = 0
-    views: int = 1
-    seconds: float = 0.0
-    saved: float = 0.0
-
-    @property
-    def used(self) -> bool:
-        return self.cut is not None
-
-    @property
-    def identity(self) -> str:
-        """What a checkpoint remembers."""
-        return f"{self.storage} {self.cut}" if self.used else "off"
-
-    @property
-    def in_words(self) -> str:
-        if not self.used:
-            return f"not used: {self.reason}"
-        where = f"up to the stage {self.cut}" if self.cut else "of the whole trunk"
-        views = "one view" if self.views == 1 else f"{self.views} views"
-        return (
-            f"activations {where} as {self.storage}, {views} of a training region, "
-            f"at most {self.size / 2**30:.3g} GB; {self.saved:.0%} of these stages' runs are saved"
-        )
-
-
-@dataclass(frozen=True)
 class _Tensor:
     """One tensor of the state at the cut: ``(channels, positions)``, of which ``[start, stop)`` is kept."""
 
@@ -135,6 +92,51 @@ class _Point:
     def row_bytes(self, storage: str) -> int:
         values = sum(t.channels * (t.stop - t.start) for t in self.tensors)
         return values * np.dtype(storage).itemsize + self.masked * self.tensors[0].positions
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Whether, where and how activations are kept.
+
+    Attributes:
+        cut: the stage that runs on what is kept; "" past the last one; None if nothing is kept.
+        storage: "float16", "float32", or "" if nothing is kept.
+        reason: why nothing is kept.
+        size: bytes on disk once every region was seen in every view.
+        views: in how many views a training region is kept.
+        seconds: of the prefix per region, on this machine; 0 where it was not measured.
+        saved: share of the prefix's runs of the whole training that are not needed, on average.
+        point: what is kept.
+    """
+
+    cut: str | None
+    storage: str = ""
+    reason: str = ""
+    size: int = 0
+    views: int = 1
+    seconds: float = 0.0
+    saved: float = 0.0
+    point: _Point | None = None
+
+    @property
+    def used(self) -> bool:
+        return self.cut is not None
+
+    @property
+    def identity(self) -> str:
+        """What a checkpoint remembers."""
+        return f"{self.storage} {self.cut}" if self.used else "off"
+
+    @property
+    def in_words(self) -> str:
+        if not self.used:
+            return f"not used: {self.reason}"
+        where = f"up to the stage {self.cut}" if self.cut else "of the whole trunk"
+        views = "one view" if self.views == 1 else f"{self.views} views"
+        return (
+            f"activations {where} as {self.storage}, {views} of a training region, "
+            f"at most {self.size / 2**30:.3g} GB; {self.saved:.0%} of these stages' runs are saved"
+        )
 
 
 # ---- where to cut ----
@@ -198,12 +200,13 @@ def choose(
     runs = settings.epochs * (len(rows) + len(valid_rows))
     seen = len(rows) * views * (1 - (1 - 1 / views) ** settings.epochs) + len(valid_rows)  # on average
     remembered = settings.mode == "auto" and before is not None
-    points = _profile(model, dataset, prefix, settings.precision, passes=1 if remembered else 2)
+    measured = settings.mode == "auto" and not remembered
+    points = _profile(model, dataset, prefix, settings.precision, passes=2 if measured else 1)
     budget = settings.gigabytes * 2**30
 
     def option(point: _Point, storage: str) -> Choice:
         size = kept * point.row_bytes(storage)
-        return Choice(point.cut, storage, "", size, views, point.seconds, max(0.0, 1 - seen / runs))
+        return Choice(point.cut, storage, "", size, views, point.seconds, max(0.0, 1 - seen / runs), point)
 
     if remembered:
         assert before is not None
@@ -470,12 +473,9 @@ class ActivationCache:
         Raises:
             RunError: the folder cannot be written, or the disk has no room.
         """
-        assert choice.cut is not None
+        assert choice.point is not None
         views = views_of(dataset, augment)
-        prefix = frozen_prefix(model.trunk)[0]
-        points = _profile(model, dataset, prefix, precision, passes=1)
-        point = next(point for point in points if point.cut == choice.cut)
-        facts = _facts(model, dataset, point, choice.storage, precision, views)
+        facts = _facts(model, dataset, choice.point, choice.storage, precision, views)
         key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
         folder = _activations() / key
         with _locked(folder):
@@ -548,7 +548,13 @@ class ActivationCache:
         device = sample.codes.device
         tensors: dict[str, Tensor] = {}
         for name, tensor in zip(self._files(), self._tensors, strict=True):
-            value = torch.from_numpy(self._arrays[name][slots]).to(device).to(getattr(torch, tensor.dtype))
+            array = self._arrays[name]
+            # on CPU straight from the map to float32: one copy, and fast also on the way to bfloat16
+            kind = torch.float32 if device.type == "cpu" else getattr(torch, array.dtype.name)
+            made = torch.empty((len(slots), *array.shape[1:]), dtype=kind)
+            for row, slot in zip(made, slots, strict=True):
+                row.copy_(torch.from_numpy(array[slot]))
+            value = made.to(device).to(getattr(torch, tensor.dtype))
             missing = (tensor.start, tensor.positions - tensor.stop)
             tensors[tensor.name] = nn.functional.pad(value, missing) if any(missing) else value
         valid = torch.from_numpy(self._arrays["valid"][slots]).to(device) if self._masked else None
@@ -623,7 +629,8 @@ def _mapped(path: Path) -> np.memmap[Any, Any]:
     whole = isinstance(array, np.memmap) and path.stat().st_size == array.offset + array.nbytes
     if not whole:
         raise ValueError(f"{path.name} is no whole array")
-    return array  # type: ignore[no-any-return]
+    # torch takes no array that cannot be written; only now, because opened so, a short file would be lengthened
+    return np.load(path, mmap_mode="r+", allow_pickle=False)  # type: ignore[no-any-return]
 
 
 @contextmanager

@@ -6,50 +6,47 @@ import os
 import re
 import shutil
 import time
-import weakref
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from seqgraft.adapters import Counts, adapt
 from seqgraft.cache import Choice
 from seqgraft.data.dataset import Dataset
 from seqgraft.data.duplicates import duplicates_in_words
-from seqgraft.data.folds import exposure, read_trunk_folds
-from seqgraft.errors import ConfigError, DataError, RunError, SeqgraftError
+from seqgraft.errors import ConfigError, RunError, SeqgraftError
 from seqgraft.experiment import Experiment
+from seqgraft.exposure import MAX_EXPOSURE, test_exposure
+from seqgraft.memory import bytes_per_row, bytes_without_computing, training_step
 from seqgraft.models.base import SequenceModel
-from seqgraft.models.weights import find_model
-from seqgraft.predict import autocast
-from seqgraft.run import build_run, label_of, objective_of
+from seqgraft.predict import BF16_PARAMETERS, has_bf16, resolve_precision
+from seqgraft.run import build_run, label_of, objective_of, with_precision
 from seqgraft.scoring import Scorecard
 from seqgraft.train import cache_choice, parameter_groups
 
 __all__ = ["MAX_EXPOSURE", "Cost", "Plan", "parse_memory", "plan_run", "test_exposure"]
 
-#: Test windows that overlap the trunk's own training regions, above which ``fit`` refuses unless told.
-MAX_EXPOSURE = 0.05
+
+#: Parameters of the trunk times bp of a region above which no step is run only to be measured: from about there on, it
+#: takes ten seconds of a core.
+_LONG = 5e12
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What a step needs, measured on this machine.
+    """What a step needs.
 
     Attributes:
         fixed_bytes: weights, gradients, optimiser and buffers.
         bytes_per_row: activations and their gradients at the worst moment, per region of a batch.
-        seconds_per_row: forward and backward pass of one region, on this machine.
+        seconds_per_row: forward and backward pass of one region, measured on this machine; None if none was run.
     """
 
     fixed_bytes: int
     bytes_per_row: int
-    seconds_per_row: float
+    seconds_per_row: float | None
 
     def peak_bytes(self, batch_size: int) -> int:
         return self.fixed_bytes + batch_size * self.bytes_per_row
@@ -74,11 +71,11 @@ class Plan:
 
 
 def plan_run(experiment: Experiment, folder: Path | None = None, memory: int | None = None) -> Plan:
-    """Checks an experiment and measures one small training step.
+    """Checks an experiment and measures one small training step; a long one is counted and not run.
 
     Args:
         folder: where the run would be written; checked for room.
-        memory: bytes of a card that may not be here; None for this machine.
+        memory: bytes of a card that may not be here; None for this machine. For a card, no step is run here.
     """
     problems: list[SeqgraftError] = []
     facts: dict[str, str] = {}
@@ -91,19 +88,14 @@ def plan_run(experiment: Experiment, folder: Path | None = None, memory: int | N
         Scorecard(dataset.tracks, [experiment.train.metric] if experiment.train.metric else None)
     except SeqgraftError as error:
         return Plan(experiment, [error])
+    wanted = experiment.train.precision
+    experiment = with_precision(experiment, model)
     facts |= _describe(experiment, dataset, model, counts)
-    share, note = test_exposure(experiment, dataset)
-    facts["leak exposure"] = note
-    if share > MAX_EXPOSURE and not experiment.allow_exposure:
-        problems.append(
-            DataError(
-                f"{share:.1%} of the windows of fold {experiment.evaluate.fold!r} overlap regions that the trunk "
-                "was pretrained on",
-                where=str(experiment.data),
-                remedy="Choose test regions that the trunk has not seen, or set allow_exposure: true and say so where "
-                "you report the result",
-            )
-        )
+    facts["precision"] = _describe_precision(experiment.train.precision, wanted)
+    exposed = test_exposure(experiment, dataset)
+    facts |= exposed.facts
+    if exposed.problem is not None and not exposed.allowed:
+        problems.append(exposed.problem)
     if folder is not None:
         problems += _check_folder(folder, counts)
     try:
@@ -133,33 +125,6 @@ def plan_run(experiment: Experiment, folder: Path | None = None, memory: int | N
     return Plan(experiment, problems, facts, cost)
 
 
-def test_exposure(experiment: Experiment, dataset: Dataset) -> tuple[float, str]:
-    """Share of test windows that touch regions the trunk was trained on, and a sentence about it."""
-    pretrained = find_model(experiment.model.name)
-    if pretrained is None or experiment.model.init == "random":
-        return 0.0, "none: the trunk has random weights"
-    if pretrained.trained_on is None:
-        return 0.0, "unknown: the model does not say which regions it was trained on"
-    if dataset.genome is None:
-        return 0.0, "unknown: the sequences have no positions in a genome"
-    if dataset.genome.hash != pretrained.content.get("genome"):
-        return 0.0, "none by position: the trunk was trained on another genome"
-    rows = dataset.rows(experiment.evaluate.fold)
-    margin = (dataset.info.window - dataset.info.bins * dataset.info.bin_size) // 2
-    windows = dataset.regions.iloc[rows][["chrom", "start", "end"]].copy()
-    windows["start"], windows["end"] = windows["start"] - margin, windows["end"] + margin
-    share = exposure(windows, read_trunk_folds(pretrained.trained_on))
-    return (
-        share,
-        f"{share:.1%} of the {len(rows)} windows of fold {experiment.evaluate.fold!r} overlap the "
-        "trunk's training regions",
-    )
-
-
-# pytest would take the name for a test
-test_exposure.__test__ = False  # type: ignore[attr-defined]
-
-
 def _describe(experiment: Experiment, dataset: Dataset, model: SequenceModel, counts: Counts) -> dict[str, str]:
     info = dataset.info
     folds = dataset.regions["fold"].value_counts()
@@ -181,84 +146,62 @@ def _describe(experiment: Experiment, dataset: Dataset, model: SequenceModel, co
     }
 
 
-class _LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts the bytes of all tensors that operations make, as long as they live; ``peak`` is the most at one time."""
+def measure_cost(
+    experiment: Experiment, model: SequenceModel, dataset: Dataset, *, run_step: bool | None = None
+) -> Cost:
+    """One step on one and on two copies of the longest region: what the second adds to the peak, and the time.
 
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.now = self.peak = 0
-        self._seen: set[int] = set()
-
-    def __torch_dispatch__(
-        self, func: Callable[..., Any], types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        made = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(made):
-            if isinstance(tensor, torch.Tensor):
-                self._count(tensor.untyped_storage())
-        return made
-
-    def _count(self, storage: torch.UntypedStorage) -> None:
-        key = storage._cdata
-        if key not in self._seen:
-            self._seen.add(key)
-            self.now += storage.nbytes()
-            self.peak = max(self.peak, self.now)
-            weakref.finalize(storage, self._release, key, storage.nbytes()).atexit = False
-
-    def _release(self, key: int, size: int) -> None:
-        self._seen.discard(key)
-        self.now -= size
-
-
-def measure_cost(experiment: Experiment, model: SequenceModel, dataset: Dataset) -> Cost:
-    """One step on one and on two copies of the longest region: what the second adds to the peak, and the time."""
+    Args:
+        run_step: False counts the bytes without computing, and measures no time, wherever that can be; None does so
+            for steps that would take long: those of large models without a card.
+    """
     config = experiment.train
     objective = objective_of(experiment, dataset)
     rows = dataset.rows("train")
     longest = rows[0] if dataset.lengths is None else rows[np.argmax(dataset.lengths[rows])]
-    device = next(model.parameters()).device
-    model.train()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model.to(device).train()
     model.trunk.checkpointing = config.checkpointing
-    for parameter in model.parameters():  # here already, so that they are no part of what is measured
-        parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
-    live = _LiveBytes()
-
-    def step(size: int) -> int:
-        """Trains on copies of the region and returns the bytes that wait for the backward pass."""
-        sample = dataset.sample(np.repeat(longest, size)).to(device)
-        with autocast(config.precision, device):
-            totals = objective(model, sample)
-        loss = (totals / objective.weigh(sample).clamp(min=1e-12)).sum()
-        kept = live.now
-        loss.backward()  # type: ignore[no-untyped-call]
-        return kept
-
-    kept, peaks = [], []
-    for size in (1, 2):
-        with (live := _LiveBytes()):
-            kept.append(step(size))
-        peaks.append(live.peak)
-    began = time.perf_counter()
-    step(2)
-    seconds = (time.perf_counter() - began) / 2
+    precision = resolve_precision(config.precision, model)
+    samples = [dataset.sample(np.repeat(longest, size)) for size in (1, 2)]
+    if run_step is None:
+        size = sum(p.numel() for p in model.trunk.parameters()) * samples[0].codes.shape[1]
+        run_step = device.type == "cuda" or size <= _LONG
+    per_row = None if run_step else bytes_without_computing(model, objective, samples, precision)
+    seconds = None
+    if per_row is None:
+        samples = [sample.to(device) for sample in samples]
+        per_row = bytes_per_row(model, objective, samples, precision)
+        began = time.perf_counter()
+        training_step(model, objective, samples[1], precision).backward()  # type: ignore[no-untyped-call]
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        seconds = (time.perf_counter() - began) / 2
     model.zero_grad(set_to_none=True)
     model.eval()
-    # where the gradient of one weight matrix is the larger, the peak grows less than the activations do
-    per_row = max(kept[1] - kept[0], peaks[1] - peaks[0])
     stored = sum(t.numel() * t.element_size() for t in [*model.parameters(), *model.buffers()])
     trained = sum(p.numel() * p.element_size() for group in parameter_groups(model, config) for p in group["params"])
     return Cost(fixed_bytes=stored + 3 * trained, bytes_per_row=per_row, seconds_per_row=seconds)
 
 
+def _describe_precision(precision: str, wanted: str) -> str:
+    if wanted != "auto":
+        return f"{precision}, as asked for"
+    has = "has bf16" if has_bf16() else "does not compute in bf16"
+    return f"{precision} (auto: this machine {has}; it pays in trunks of more than {BF16_PARAMETERS:,} parameters)"
+
+
 def _describe_cost(experiment: Experiment, dataset: Dataset, cost: Cost, memory: int | None) -> dict[str, str]:
     config = experiment.train
-    epoch = len(dataset.rows("train")) * cost.seconds_per_row + len(dataset.rows("valid")) * cost.seconds_per_row / 3
+    duration = "not measured: no step was run here, its memory was counted from shapes alone"
+    if cost.seconds_per_row is not None:
+        epoch = (len(dataset.rows("train")) + len(dataset.rows("valid")) / 3) * cost.seconds_per_row
+        most = f"at most {_duration(epoch * config.epochs)} for {config.epochs} epochs"
+        duration = f"about {_duration(epoch)} per epoch on this machine, {most}"
     facts = {
         "memory": f"{_size(cost.peak_bytes(config.batch_size))} for batches of {config.batch_size} "
         f"(weights and optimiser {_size(cost.fixed_bytes)}, activations {_size(cost.bytes_per_row)} per region)",
-        "time": f"about {_duration(epoch)} per epoch on this machine, "
-        f"at most {_duration(epoch * config.epochs)} for {config.epochs} epochs",
+        "time": duration,
     }
     if memory is not None:
         facts["device"] = (
@@ -271,6 +214,8 @@ def _describe_cost(experiment: Experiment, dataset: Dataset, cost: Cost, memory:
 def _describe_cache(experiment: Experiment, dataset: Dataset, model: SequenceModel, cost: Cost) -> str:
     """What ``train.cache`` will do; where it is off, what it could."""
     config, rows, valid = experiment.train, dataset.rows("train"), dataset.rows("valid")
+    if cost.seconds_per_row is None:  # sizing it runs the trunk too
+        return f"{config.cache}; what it would keep was not measured: no step was run here"
     if config.cache != "off":
         choice = cache_choice(model, dataset, config, rows, valid)
         return choice.in_words + _gain(choice, cost, len(rows), len(valid))
@@ -282,7 +227,7 @@ def _describe_cache(experiment: Experiment, dataset: Dataset, model: SequenceMod
 
 def _gain(choice: Choice, cost: Cost, rows: int, valid: int) -> str:
     """How much shorter an epoch is when all of its views are kept; a validation row takes a third of a training row."""
-    if not choice.used:
+    if not choice.used or cost.seconds_per_row is None:
         return ""
     before = (rows + valid / 3) * cost.seconds_per_row
     after = before - rows * choice.seconds - valid * min(choice.seconds, cost.seconds_per_row / 3)

@@ -18,15 +18,52 @@ from seqgraft.models.base import SequenceModel, State, mean_of_valid
 from seqgraft.progress import progress
 from seqgraft.sample import Sample
 
-__all__ = ["FORWARD_ONLY", "Precision", "autocast", "embed", "features", "predict", "predict_batches"]
+__all__ = [
+    "FORWARD_ONLY",
+    "Precision",
+    "autocast",
+    "automatic_precision",
+    "embed",
+    "features",
+    "has_bf16",
+    "predict",
+    "predict_batches",
+    "resolve_precision",
+]
 
 Precision = Literal["float32", "bf16"]
+#: Parameters of a trunk above which "auto" means bf16. On one core with avx512_bf16, a training step of trunks of 10 to
+#: 46 million takes 1.8 to 2.3 times less processor time in it, one of 0.2 to 5 million 1.1 to 1.6 times less: there,
+#: rounding to 8 binary digits buys little.
+BF16_PARAMETERS = 10_000_000
 FORWARD_ONLY = Augmentation(reverse_complement=False, shift=0)
 
 
 def autocast(precision: Precision, device: torch.device) -> AbstractContextManager[object]:
     """bfloat16 where it pays, float32 elsewhere. float16 is not offered: on CPU it is some 60 times slower."""
     return torch.autocast(device.type, dtype=torch.bfloat16) if precision == "bf16" else nullcontext()
+
+
+def has_bf16() -> bool:
+    """Whether the processor that training would run on, the accelerator if there is one, computes in bfloat16 natively.
+
+    Elsewhere it is emulated, which costs time instead of saving it.
+    """
+    if torch.cuda.is_available():
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+def automatic_precision(parameters: int, native: bool) -> Precision:
+    """What "auto" means for a trunk of so many parameters on a processor that has bfloat16, or has not."""
+    return "bf16" if native and parameters > BF16_PARAMETERS else "float32"
+
+
+def resolve_precision(wanted: str, model: SequenceModel) -> Precision:
+    """``wanted``, or for "auto" what this model and this machine make of it."""
+    if wanted == "auto":
+        return automatic_precision(sum(p.numel() for p in model.trunk.parameters()), has_bf16())
+    return "bf16" if wanted == "bf16" else "float32"
 
 
 def predict_batches(

@@ -14,7 +14,7 @@ import os
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -35,7 +35,7 @@ from seqgraft.data.dataset import Dataset
 from seqgraft.errors import ConfigError, ModelError, RunError
 from seqgraft.models.base import SequenceModel, trainable_state
 from seqgraft.objectives import Objective
-from seqgraft.predict import Precision, autocast
+from seqgraft.predict import autocast, resolve_precision
 from seqgraft.progress import progress
 from seqgraft.sample import Sample
 from seqgraft.scoring import Scorecard, default_metric
@@ -61,7 +61,8 @@ class TrainConfig:
         clip: largest norm of the gradient.
         patience: epochs without a better validation score before training stops; 0 never stops.
         metric: that picks the best checkpoint; None for the usual one of the tracks.
-        precision: "bf16" runs forward and backward in bfloat16 where that is safe.
+        precision: "bf16" runs forward and backward in bfloat16 where that is safe, "float32" never; "auto" does for
+            trunks of more than 10 million parameters on processors that have it. A run keeps what it began with.
         checkpointing: recompute stages in the backward pass: less memory, a fifth more time.
         augment: views drawn for training.
         seed: of everything random.
@@ -84,7 +85,7 @@ class TrainConfig:
     clip: float = 1.0
     patience: int = 5
     metric: str | None = None
-    precision: Precision = "float32"
+    precision: str = "auto"
     checkpointing: bool = False
     augment: Augmentation = field(default_factory=lambda: Augmentation(shift=3))
     seed: int = 1
@@ -106,6 +107,12 @@ class TrainConfig:
                 raise ConfigError("must be above 0", value, where=f"train.{name}")
         if not 0 <= self.warmup < 1:
             raise ConfigError("must be a share of the steps, 0 or more and below 1", self.warmup, where="train.warmup")
+        if self.precision == "float16":
+            what = "is not offered: CPUs compute it some 60 times slower, and it overflows above 65504, bf16 does not"
+            raise ConfigError(what, self.precision, where="train.precision", remedy="Use bf16, auto or float32")
+        if self.precision not in ("auto", "bf16", "float32"):
+            remedy = "Use auto, bf16 or float32"
+            raise ConfigError("there is no such precision", self.precision, where="train.precision", remedy=remedy)
 
 
 @dataclass(frozen=True)
@@ -201,8 +208,13 @@ def fit(
     step_rows = config.batch_size * config.accumulate * world
     steps_per_epoch = len(objective.batches(rows, step_rows, config.seed, 0))
     last = folder / "checkpoints" / "last.safetensors"
-    choice = cache_choice(model, dataset, config, rows, valid_rows, world, _cache_before(last) if resume else None)
-    cache = ActivationCache.open(model, dataset, choice, config.precision, config.augment) if choice.used else None
+    before = _identity_before(last) if resume else {}
+    if config.precision == "auto":
+        precision = before.get("train", {}).get("precision", resolve_precision("auto", model))
+        config = replace(config, precision=precision)
+    choice = cache_choice(model, dataset, config, rows, valid_rows, world, str(before["cache"]) if before else None)
+    precision = resolve_precision(config.precision, model)
+    cache = ActivationCache.open(model, dataset, choice, precision, config.augment) if choice.used else None
     optimizer = torch.optim.AdamW(parameter_groups(model, config))
     _start_optimizer(optimizer)
     state = _Progress()
@@ -294,7 +306,8 @@ def cache_choice(
         )
     if world > 1 and config.cache == "auto":
         return Choice(None, reason=f"there are {world} processes")
-    settings = CacheSettings(config.cache, config.cache_gb, config.epochs, config.precision, config.augment)
+    precision = resolve_precision(config.precision, model)
+    settings = CacheSettings(config.cache, config.cache_gb, config.epochs, precision, config.augment)
     return choose(model, dataset, rows, valid_rows, settings, before)
 
 
@@ -340,7 +353,7 @@ def validate(
             sample = dataset.sample(chosen).to(device)
             if cache is not None:
                 sample = cache.attach(sample)
-            with autocast(config.precision, device):
+            with autocast(resolve_precision(config.precision, model), device):
                 values = model(sample)
             total = total + objective(_Given(values), sample)
             weight = weight + objective.weigh(sample)
@@ -386,7 +399,7 @@ def _step(
     for number, sample in enumerate(micro):
         last = number == len(micro) - 1
         with nullcontext() if last or wrapped is model else accelerator.no_sync(wrapped):
-            with autocast(config.precision, accelerator.device):
+            with autocast(resolve_precision(config.precision, model), accelerator.device):
                 totals = objective(wrapped, sample)
             # gradients of processes are averaged, so the sum over processes is N times that
             (accelerator.num_processes * (totals / divisors).sum()).backward()
@@ -508,14 +521,14 @@ def _identity(
     }
 
 
-def _cache_before(last: Path) -> str | None:
-    """What the checkpoint's run made of the cache; None where there is no checkpoint, or none that can be read."""
+def _identity_before(last: Path) -> dict[str, Any]:
+    """The identity in a checkpoint; empty where there is no checkpoint, or none that can be read."""
     try:
         with safe_open(last, framework="pt") as file:
             identity = json.loads(json.loads((file.metadata() or {})["identity"]))
     except (SafetensorError, OSError, KeyError, TypeError, json.JSONDecodeError):
-        return None  # loading it says what is wrong
-    return str(identity.get("cache", "off"))
+        return {}  # loading it says what is wrong
+    return {"cache": "off", **identity}
 
 
 def _save_checkpoint(
