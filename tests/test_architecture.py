@@ -27,11 +27,11 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("tracks",),
     # 1
     (
-        *("data", "data.augment", "data.dataset", "data.duplicates", "data.folds", "data.labels", "data.tables"),
-        *("data.tiles", "data.labelled", "data.peaks", "data.coverage", "data.simulate"),
+        *("data", "data.augment", "data.dataset", "data.duplicates", "data.folds", "data.labels", "data.seen"),
+        *("data.tables", "data.tiles", "data.labelled", "data.peaks", "data.coverage", "data.simulate"),
         *("losses", "metrics", "plots"),
     ),
-    (*("intervals",),),
+    ("intervals", "logos"),
     # 2
     (
         "models",
@@ -39,25 +39,41 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "models.stages",
         "models.convnet",
         "models.borzoi",
+        "models.dryrun",
         "models.enformer",
+        "models.module",
         "models.params",
-        "models.weights",
+        "models.reading",
+        "models.sites",
+        "models.wrap",
     ),
-    ("models.baskerville", "models.huggingface"),
+    ("models.huggingface",),
+    ("models.hub_borzoi", "models.hub_enformer"),
+    ("models.hub",),
+    ("models.folders",),
+    ("models.weights",),
+    ("models.baskerville",),
     # 3
     ("adapters", "adapters.base", "adapters.files", "adapters.freeze", "adapters.lora", "adapters.bottleneck"),
     ("adapters.baskerville",),
     # 4
     ("regions", "scoring"),
     ("predict", "objectives"),
-    ("cache",),
+    ("cache", "memory", "local"),
     # 5
-    ("train", "baselines", "genes", "output"),
-    ("controls",),
+    ("train", "baselines", "genes", "output", "card"),
+    ("controls", "target"),
+    ("attribute", "plain"),
     # 6
-    ("evaluate",),
+    ("evaluate", "variants.place"),
+    ("variants.alleles", "variants.over", "variants.scorers"),
+    ("variants.score",),
+    ("variants.table", "variants.screen"),
+    ("variants.calibrate",),
+    ("variants",),
     # 7
     ("experiment",),
+    ("exposure",),
     ("run",),
     ("plan",),
     # 8
@@ -73,13 +89,14 @@ RANK = {name: rank for rank, row in enumerate(LAYERS) for name in row}
 # What siblings in a package may import, and who may import all of its package: the places where things are registered.
 BASES = {
     "data": {
-        *("data.augment", "data.dataset", "data.duplicates", "data.folds", "data.labels", "data.tables", "data.tiles"),
+        *("data.augment", "data.dataset", "data.duplicates", "data.folds", "data.labels", "data.seen"),
+        *("data.tables", "data.tiles"),
     },
-    "models": {"models.base", "models.stages"},
+    "models": {"models.base", "models.dryrun", "models.module", "models.sites", "models.stages"},
     "adapters": {"adapters.base"},
     "report": {"report.page", "report.scores"},
 }
-REGISTRIES = {"data", "models", "models.weights", "adapters", "report"}
+REGISTRIES = {"data", "variants", "models", "models.folders", "models.weights", "adapters", "report"}
 
 DOORS: dict[str, set[str]] = {
     "accelerate": {"train"},
@@ -87,7 +104,7 @@ DOORS: dict[str, set[str]] = {
     "h5py": {"models.baskerville"},
     "huggingface_hub": {"models.huggingface"},
     "jinja2": {"report"},
-    "matplotlib": {"plots"},
+    "matplotlib": {"logos", "plots"},
     "peft": {"adapters.lora"},
     "pybigtools": {"bigwig", "tracks"},
     "pydantic": {"experiment"},

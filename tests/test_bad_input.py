@@ -267,6 +267,15 @@ def _scored(f: Files, evaluate: Mapping[str, Any]) -> list[str]:
     return ["evaluate", str(run)]
 
 
+def _variants(chrom: str, settings: str = "over=window", run: str = "coverage") -> Callable[[Files], list[str]]:
+    def make(f: Files) -> list[str]:
+        header = "##fileformat=VCFv4.2\n##contig=<ID=%s>\n#CHROM\tPOS\tID\tREF\tALT\tQUAL\tFILTER\tINFO\n"
+        source = f.write("in.vcf", header % chrom + f"{chrom}\t5\t.\tA\tC\t.\t.\t.\n")
+        return ["variants", str(f.run(run)), str(source), str(f / "o.parquet"), "--set", settings]
+
+    return make
+
+
 def _predict(
     text: str, name: str = "in.bed", out: str = "out.parquet", run: str = "coverage"
 ) -> Callable[[Files], list[str]]:
@@ -303,8 +312,8 @@ def _model(change: Callable[[Path], object]) -> Callable[[Files], list[str]]:
 def _exposed(f: Files) -> list[str]:
     dataset = tiny_coverage(f / "tiny", regions=12)
     model = tiny_pretrained(f / "model", trained_on=dataset)
-    place = dataset.regions[dataset.regions["fold"] == "test"][["chrom", "start", "end", "fold"]]
-    place.to_csv(model / "trained_on.bed", sep="\t", header=False, index=False)
+    place = dataset.regions[dataset.regions["fold"] == "test"][["chrom", "start", "end"]]
+    place.assign(fold="train").to_csv(model / "trained_on.bed", sep="\t", header=False, index=False)
     return f.experiment("fit", data=f / "tiny", model={"name": str(model)})
 
 
@@ -747,6 +756,11 @@ CASES = [
         ".parquet",
     ),
     Case("intervals for a model of sequences", 2, _predict(BED, run="labels"), "in.bed", "genome", "sequences"),
+    Case(
+        "variants without a genome", 2, _variants("chr1", run="labels"), "run", "would have no place", "from intervals"
+    ),
+    Case("too wide a centre", 2, _variants("chr1", "over=centre"), "over", "501", "at most 112 bp"),
+    Case("variants of another naming", 3, _variants("1"), "in.vcf", "'1'", "rename: {'1': 'chr1'}"),
     Case(
         "embeddings of unknown kind",
         2,

@@ -16,11 +16,12 @@ import yaml
 
 from builders import SETTINGS, tiny_pretrained
 from seqgraft.__main__ import main
+from seqgraft.adapters import LinearProbe
 from seqgraft.bigwig import runs as runs_of
 from seqgraft.bigwig import write_bigwig
 from seqgraft.data import open_dataset
 from seqgraft.genome import Interval
-from seqgraft.models.weights import TRUNKS, find_model
+from seqgraft.models.folders import TRUNKS, find_model
 from seqgraft.run import open_run
 from seqgraft.sequence import decode
 from seqgraft.tracks import read_bins
@@ -35,6 +36,8 @@ COMMANDS = (
     "fit",
     "evaluate",
     "predict",
+    "variants",
+    "attribute",
     "embed",
     "report",
     "export",
@@ -102,8 +105,11 @@ def test_models(seqgraft: Command) -> None:
     assert f"Architectures with random weights: {', '.join(TRUNKS)}." in shown
 
 
-def test_published_weights_become_a_model(shared: Path, tmp_path: Path, seqgraft: Command) -> None:
+def test_published_weights_become_a_model(
+    shared: Path, tmp_path: Path, seqgraft: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("h5py")
+    monkeypatch.setattr("seqgraft.card._SHOWN", (LinearProbe(),))  # to save time
     files, out = shared / "reference" / "parity" / "trained_0.6M", tmp_path / "small"
     named = ("--name", "small", "--licence", "Apache-2.0")
     code, _, err = seqgraft("convert", files / "model.h5", out, *named)
@@ -114,6 +120,9 @@ def test_published_weights_become_a_model(shared: Path, tmp_path: Path, seqgraft
     found = find_model(str(out))
     assert found is not None
     assert len(found.tracks) == 74
+    card = (out / "card.md").read_text()
+    assert "Converted from Baskerville's `model.h5`" in card
+    assert "| linear probe | 0 |" in card
     code, _, err = seqgraft("convert", tmp_path / "absent", tmp_path / "other", *named)
     assert code in (2, 4)
     assert "absent" in err
@@ -238,7 +247,12 @@ def _predict_coverage(run: Path, folder: Path, seqgraft: Command) -> None:
 
 def _export_and_start_from_it(run: Path, experiment: Path, folder: Path, seqgraft: Command) -> None:
     (folder / "card.md").write_text("# A model\n")
-    shown = done(seqgraft("export", run, folder / "grown", "--name", "grown", "--card", folder / "card.md"))
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("seqgraft.card._SHOWN", (LinearProbe(),))  # to save time
+        shown = done(seqgraft("export", run, folder / "grown", "--name", "grown", "--card", folder / "card.md"))
+    card = (folder / "grown" / "card.md").read_text()
+    assert card.startswith("# A model\n")
+    assert "| linear probe | 0 |" in card
     assert "merged" in shown
     assert files(folder / "grown") == {"card.md", "model.json", "trained_on.bed", "weights.safetensors"}
     content = json.loads((folder / "grown" / "model.json").read_text())

@@ -45,6 +45,7 @@ from seqgraft.run import evaluate_run, fit_run, predict_run, prepare
 from seqgraft.sequence import decode
 from seqgraft.tracks import TrackTable
 from seqgraft.train import TrainConfig
+from seqgraft.variants import OVERS, SCORERS, VariantConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = ROOT / "examples"
@@ -57,6 +58,7 @@ CONFIGURED: list[type] = [
     *LOSSES.values(),
     *(Experiment, ModelConfig, TrainConfig, Augmentation, EvaluateConfig, GenesConfig, GeneSettings),
     *(Folds, Label, LabelledFile, Simulation),
+    *(VariantConfig, *SCORERS.values(), *OVERS.values()),
 ]
 
 
@@ -134,7 +136,8 @@ def test_the_small_files_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert len(read_bed_table("peaks.narrowPeak")) == 1
     assert build(Simulation, read_yaml(Path("sim.yaml")), "sim.yaml").chromosomes == 4
     text = dict(re.findall(r"^<!-- yaml: (\w+) -->\n```yaml\n(.*?)^```$", FORMATS, re.MULTILINE | re.DOTALL))
-    assert {"coverage", "labelled", "peaks", "experiment"} == set(text)
+    assert {"coverage", "labelled", "peaks", "experiment", "variants"} == set(text)
+    assert len(build(VariantConfig, yaml.safe_load(text["variants"]), "variants").scorers) == 2
     sources = {kind: parse_source(yaml.safe_load(text[kind])) for kind in SOURCES}
     assert parse_experiment(yaml.safe_load(text["experiment"])).evaluate.ensemble == Augmentation(True, 0)
     labelled = prepare_source(sources["labelled"], tmp_path / "labelled")
@@ -235,7 +238,7 @@ def test_yaml_is_understood(path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     elif "sim" in path.suffixes[0] or path.name == "sim.yaml":
         build(Simulation, read_yaml(path), str(path))
     else:
-        assert read_experiment(path).model.name in ("sim-mini", "yeast-mini", "convnet")
+        assert read_experiment(path).model.name in ("sim-mini", "yeast-mini", "convnet", "trunk")
 
 
 def test_half_life(shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

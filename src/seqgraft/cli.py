@@ -170,6 +170,129 @@ def predict(
 
 
 @app.command()
+def variants(
+    folder: Annotated[Path, typer.Argument(help="A finished run.")],
+    source: Annotated[Path, typer.Argument(help="Variants: VCF or BCF, plain or bgzipped.")],
+    out: Annotated[Path, typer.Argument(help="Output: .parquet or .vcf.gz.")],
+    config: Annotated[Path | None, typer.Option(help="YAML file that says how to score.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue a scoring that was interrupted.")] = False,
+    shard: Annotated[str, typer.Option(help="Score one of several parts of the file, as in 3/16.")] = "1/1",
+    settings: Settings = None,
+) -> None:
+    """Score what the alternative alleles of variants change in each track."""
+    import re
+
+    from seqgraft.errors import ConfigError
+    from seqgraft.experiment import build, read_yaml
+    from seqgraft.run import score_run
+    from seqgraft.variants import VariantConfig
+
+    numbers = re.fullmatch(r"([0-9]+)/([0-9]+)", shard)
+    if numbers is None or not 1 <= int(numbers[1]) <= int(numbers[2]):
+        raise ConfigError("this is no part of a file", shard, where="--shard", remedy="Write 1/16 to 16/16")
+    parsed = build(VariantConfig, read_yaml(config, settings or ()), str(config or "--set"))
+    part = int(numbers[1]), int(numbers[2])
+    found = score_run(folder, source, out, parsed, resume=resume, shard=part)
+    _say(f"{found.variants} variants were scored. Computed for each: {found.in_words}.")
+    if found.padded:
+        _say(f"In {found.padded} of {found.rows} rows the window reaches beyond its contig; the model saw N there.")
+    for note in found.notes:
+        _say(note)
+    for reason, count in found.skipped.items():
+        _say(f"{count} variants of the file were skipped: {reason}.")
+    _say(f"The scores are in {found.files[0]}, the skipped variants in {found.files[-1]}.")
+
+
+@app.command()
+def calibrate(
+    folder: Annotated[Path, typer.Argument(help="A finished run.")],
+    background: Annotated[Path | None, typer.Argument(help="Background variants: VCF or BCF.")] = None,
+    random: Annotated[int | None, typer.Option(help="Draw so many from the genome instead, such as 10000.")] = None,
+    gtf: Annotated[
+        Path | None, typer.Option(help="Genes: divide the background by the distance to their start.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the random draw.")] = 0,
+    config: Annotated[Path | None, typer.Option(help="YAML file that says how to score, as for variants.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue a calibration that was interrupted.")] = False,
+    settings: Settings = None,
+) -> None:
+    """Score background variants, so that 'variants' with the same settings adds percentiles."""
+    from seqgraft.errors import ConfigError
+    from seqgraft.experiment import build, read_yaml
+    from seqgraft.run import calibrate_run
+    from seqgraft.variants import VariantConfig
+
+    if (background is None) == (random is None):
+        remedy = "Give a VCF of background variants, or --random 10000"
+        raise ConfigError("a calibration needs one background", remedy=remedy)
+    parsed = build(VariantConfig, read_yaml(config, settings or ()), str(config or "--set"))
+    source = background if background is not None else random
+    assert source is not None
+    found = calibrate_run(folder, source, parsed, gtf=gtf, seed=seed, resume=resume)
+    for reason, count in found.skipped.items():
+        _say(f"{count} background variants were skipped: {reason}.")
+    for name, count in found.small.items():
+        _say(f"Stratum {name} has {count} background rows, too few: its variants are compared with all of their type.")
+    _say(f"{found.variants} background variants in {len(found.strata)} strata: {found.path}.")
+
+
+@app.command()
+def screen(
+    folder: Annotated[Path, typer.Argument(help="A finished run.")],
+    regions: Annotated[Path, typer.Argument(help="Regions (BED) of which every SNV is scored.")],
+    out: Annotated[Path, typer.Argument(help="Output .parquet.")],
+    top: Annotated[int | None, typer.Option(help="Score so many of the largest of each group exactly.")] = None,
+    config: Annotated[Path | None, typer.Option(help="YAML file that says how to screen.")] = None,
+    settings: Settings = None,
+) -> None:
+    """First-order scores of every possible SNV of regions, and how well they agree with exact ones."""
+    from dataclasses import replace
+
+    from seqgraft.experiment import build, read_yaml
+    from seqgraft.run import screen_run
+    from seqgraft.variants import ScreenConfig
+
+    parsed = build(ScreenConfig, read_yaml(config, settings or ()), str(config or "--set"))
+    found = screen_run(folder, regions, out, parsed if top is None else replace(parsed, top=top))
+    _say(f"{found.snvs} SNVs were scored to first order in {found.windows} windows; {found.unknown} bases are unknown.")
+    for row in found.agreement.to_dict("records"):
+        if row.get("n", 0) > 1:
+            interval = f"{row['spearman']:.3f} ({row['low']:.3f} to {row['high']:.3f})"
+            _say(
+                f"{row['group']}: on {row['n']:.0f} random SNVs, Spearman with the exact scores is {interval}, "
+                f"recall of the largest tenth {row['recall']:.2f} (chance: 0.10)."
+            )
+    _say(f"The scores are in {' and '.join(map(str, found.files))}.")
+
+
+@app.command()
+def attribute(
+    folder: Annotated[Path, typer.Argument(help="A finished run.")],
+    source: Annotated[Path, typer.Argument(help="Regions (BED) or sequences (FASTA, CSV).")],
+    out: Annotated[Path, typer.Argument(help="Output .npz.")],
+    config: Annotated[Path | None, typer.Option(help="YAML file that says what is explained, and how.")] = None,
+    plots: Annotated[Path | None, typer.Option(help="New folder for a figure of each region.")] = None,
+    figures: Annotated[str, typer.Option(help="Their format: png or svg.")] = "png",
+    settings: Settings = None,
+) -> None:
+    """What each base of regions does to a prediction, or to the contrast of two groups of tracks."""
+    from seqgraft.attribute import AttributeConfig
+    from seqgraft.experiment import build, read_yaml
+    from seqgraft.run import attribute_run
+
+    parsed = build(AttributeConfig, read_yaml(config, settings or ()), str(config or "--set"))
+    made = attribute_run(folder, source, out, parsed, plots=plots, suffix=f".{figures}")
+    _say(f"{len(made.found.regions)} regions, explaining {'; '.join(made.found.names)}.")
+    if made.found.in_words:
+        _say(f"Computed for each alternate: {made.found.in_words}.")
+    if made.padded:
+        _say(f"{made.padded} windows reach beyond their contig; the model saw N there.")
+    _say(f"The attributions are in {made.files[0]}.")
+    if plots is not None:
+        _say(f"The figures are in {plots}: {len(made.files) - 1}.")
+
+
+@app.command()
 def embed(
     folder: Annotated[Path, typer.Argument(help="A finished run.")],
     source: Annotated[Path, typer.Argument(help="Regions (BED) or sequences (FASTA, CSV).")],
@@ -202,6 +325,7 @@ def export(
     card: Annotated[Path | None, typer.Option(help="A Markdown file for people.")] = None,
 ) -> None:
     """Merge a run's adapter and write a model that 'model.name' accepts."""
+    from seqgraft.card import write_card
     from seqgraft.errors import ConfigError
     from seqgraft.run import export_run
 
@@ -211,53 +335,70 @@ def export(
         remedy = "Give a Markdown text file, or leave it out"
         raise ConfigError(f"the card cannot be read ({error})", where="--card", remedy=remedy) from error
     difference = export_run(folder, out, name=name, licence=licence, citation=citation, card=text)
+    write_card(out)
     _say(f"{out}: merged, with a relative difference of {difference:.1e}.")
 
 
 @app.command()
 def convert(
-    source: Annotated[str, typer.Argument(help="A Baskerville .h5 file, or a local folder or hub id of Enformer.")],
+    source: Annotated[
+        str, typer.Argument(help="A Baskerville .h5 file, or a folder or hub id of Borzoi, Flashzoi or Enformer.")
+    ],
     out: Annotated[Path, typer.Argument(help="New model folder.")],
     name: Annotated[str, typer.Option(help="The model's name.")],
-    licence: Annotated[str, typer.Option(help="Licence of the weights.")],
+    licence: Annotated[str, typer.Option(help="Licence of the weights, if it is not known here.")] = "",
     citation: Annotated[str, typer.Option(help="How to cite them (.h5).")] = "",
     params: Annotated[Path | None, typer.Option(help="params.json of the network (.h5).")] = None,
-    targets: Annotated[Path | None, typer.Option(help="targets.txt, for the tracks' names and scales (.h5).")] = None,
-    revision: Annotated[str | None, typer.Option(help="Pinned revision (hub id).")] = None,
+    targets: Annotated[
+        list[str] | None,
+        typer.Option(help="targets.txt, for the tracks' names and scales; of several heads HEAD=FILE, repeated."),
+    ] = None,
+    revision: Annotated[str | None, typer.Option(help="The full commit (hub id).")] = None,
+    trained_on: Annotated[
+        Path | None, typer.Option(help="The published BED of the regions that the weights were trained on.")
+    ] = None,
 ) -> None:
     """Turn published weights into a model folder that 'model.name' accepts."""
+    from seqgraft.card import write_card
     from seqgraft.errors import ConfigError
 
+    tables = {head: Path(path) for head, _, path in (each.rpartition("=") for each in targets or [])}
     if source.endswith(".h5"):
         from seqgraft.models.baskerville import convert_baskerville
 
         if params is None:
             remedy = "Pass --params params.json, which lies beside the weights"
             raise ConfigError("the file of weights does not say how the network is built", source, remedy=remedy)
-        report = convert_baskerville(source, params, out, targets, name=name, licence=licence, citation=citation)
-        count = len(report.matched)
+        if trained_on is not None or set(tables) - {""}:
+            remedy = "Set model.trained_on where the model is used, and give one table without a name"
+            raise ConfigError("a Keras file takes neither --trained-on nor tables of heads", source, remedy=remedy)
+        report = convert_baskerville(
+            source, params, out, tables.get(""), name=name, licence=licence or "not stated", citation=citation
+        )
     else:
-        from seqgraft.models.huggingface import convert_enformer, load_enformer
+        from seqgraft.models.folders import convert_published
+        from seqgraft.models.hub import licence_of, load_published, regions_of
 
-        loaded = load_enformer(source, revision=revision)
-        convert_enformer(loaded, out, name=name, licence=licence, source=source, revision=revision)
-        count = len(loaded.report.matched)
-    _say(f"{out}: {count} tensors of {source} are there. Use it with model: {{name: {out}}}.")
+        loaded = load_published(source, revision=revision, targets=tables)
+        report = loaded.report
+        seen = None if trained_on is None else regions_of(loaded, trained_on)
+        licence = licence or licence_of(source)
+        convert_published(loaded, out, name=name, licence=licence, source=source, revision=revision, trained_on=seen)
+    write_card(out)
+    left = f"; left: {', '.join(report.left)}" if report.left else ""
+    _say(f"{out}: {len(report.matched)} tensors of {source} are there{left}. Use it with model: {{name: {out}}}.")
 
 
 @app.command()
-def models() -> None:
-    """The models that come with the package, and the architectures."""
-    from seqgraft.models.weights import TRUNKS, bundled_models
+def models(
+    name: Annotated[
+        str | None, typer.Argument(help="A bundled or published model, or a model folder: prints its card.")
+    ] = None,
+) -> None:
+    """Which models there are; of one, what is known and what fine-tuning it takes."""
+    from seqgraft.card import facts_of, list_models, model_card
 
-    for name, model in bundled_models().items():
-        content = model.content
-        _say(
-            f"{name}: {content['architecture']}, {content.get('parameters', 0):,} parameters, "
-            f"bins of {content['bin_size']} bp, trained with windows of {content['window']} bp "
-            f"on {len(content['tracks'])} tracks, licence {content.get('licence') or 'not stated'}"
-        )
-    _say(f"Architectures with random weights: {', '.join(TRUNKS)}.")
+    _say(model_card(facts_of(name)).rstrip() if name else list_models())
 
 
 def _print_plan(found: Plan) -> None:

@@ -28,6 +28,7 @@ from seqgraft.evaluate import EvaluateConfig
 from seqgraft.losses import LOSSES, Loss
 from seqgraft.models.weights import ModelConfig
 from seqgraft.train import TrainConfig
+from seqgraft.variants import OVERS, SCORERS, Over, Scorer
 
 __all__ = [
     "Experiment",
@@ -62,20 +63,14 @@ class Experiment:
     allow_exposure: bool = False
 
 
-def read_yaml(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """The mapping in a YAML file, with ``a.b=value`` overrides applied.
+def read_yaml(path: Path | None, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """The mapping in a YAML file (an empty one without a file), with ``a.b=value`` overrides applied.
 
     Raises:
         ConfigError: the file is missing, is not a YAML mapping or has a key twice; an override that is not
             ``key=value``.
     """
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except FileNotFoundError as error:
-        raise ConfigError("the file does not exist", str(path), remedy="Check the path") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"the file cannot be read ({error})", where=path, remedy="Give a YAML text file") from error
-    content = _parse(text, path)
+    content = {} if path is None else _parse(_read_text(path), path)
     if not isinstance(content, dict):
         found, remedy = type(content).__name__, "Write lines such as 'data: folder'"
         raise ConfigError("the file must hold 'key: value' lines and holds", found, where=path, remedy=remedy)
@@ -96,6 +91,15 @@ def read_yaml(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
         section[last] = _parse(text, f"--set {override}")
     expanded: dict[str, Any] = _expand(content, str(path))
     return expanded
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise ConfigError("the file does not exist", str(path), remedy="Check the path") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"the file cannot be read ({error})", where=path, remedy="Give a YAML text file") from error
 
 
 _MOST_NODES = 1_000_000  # aliases can make a short file endless
@@ -183,7 +187,7 @@ def settings_of(value: object) -> Any:
 
 
 def _registries() -> list[Mapping[str, type]]:
-    return [ADAPTERS, LOSSES, {kind: source for kind, (source, _) in SOURCES.items()}]
+    return [ADAPTERS, LOSSES, SCORERS, OVERS, {kind: source for kind, (source, _) in SOURCES.items()}]
 
 
 def build(cls: type[T], content: object, where: str) -> T:
@@ -238,6 +242,12 @@ def _convert(hint: Any, value: object, where: str) -> Any:
         if isinstance(value, Mapping) and "kind" not in value:
             return {str(group): _build_kind(LOSSES, part, f"{where}.{group}") for group, part in value.items()}
         return _build_kind(LOSSES, value, where)
+    if Over in options:
+        return _build_kind(OVERS, {"kind": value} if isinstance(value, str) else value, where)
+    if hint == tuple[Scorer, ...]:  # a kind alone means its defaults
+        listed = value if isinstance(value, Sequence) and not isinstance(value, str) else [value]
+        named = [{"kind": item} if isinstance(item, str) else item for item in listed]
+        return tuple(_build_kind(SCORERS, item, f"{where}[{number}]") for number, item in enumerate(named))
     nested = [option for option in options if dataclasses.is_dataclass(option)]
     if nested:  # an empty section means its defaults
         return build(nested[0], {} if value is None else value, where)  # type: ignore[arg-type]

@@ -13,7 +13,7 @@ import math
 import os
 import re
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -28,7 +28,15 @@ from seqgraft.data.dataset import Dataset, new_folder
 from seqgraft.errors import ConfigError, Problems, RunError
 from seqgraft.tracks import TrackTable, unsquash
 
-__all__ = ["Batches", "check_embeddings", "check_output", "write_embeddings", "write_predictions"]
+__all__ = [
+    "Batches",
+    "check_arrays",
+    "check_embeddings",
+    "check_output",
+    "write_arrays",
+    "write_embeddings",
+    "write_predictions",
+]
 
 #: What ``predict_batches`` yields: row numbers, and values ``(rows, tracks, bins)`` on the model's scale.
 Batches = Iterable[tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]]
@@ -125,6 +133,28 @@ def write_embeddings(out: Path, dataset: Dataset, rows: npt.NDArray[np.int64], v
             with part.open("wb") as file:
                 np.savez(file, allow_pickle=False, embeddings=values, **places)
     return out
+
+
+def check_arrays(out: Path) -> None:
+    """Finds what would stop :func:`write_arrays`, before anything is computed; errors as there."""
+    if Path(out).suffix != ".npz":
+        raise ConfigError("the format of the output is unknown", Path(out).name, remedy="End its name in .npz")
+    problems = Problems(RunError)
+    _check_place(Path(out), problems)
+    problems.raise_if_any()
+
+
+def write_arrays(out: Path, write: Callable[[Path], None]) -> Path:
+    """Lets ``write`` make an ``.npz``, which appears only when it is complete.
+
+    Raises:
+        ConfigError: another suffix.
+        RunError: the output exists already or cannot be written.
+    """
+    check_arrays(out)
+    with _published(Path(out)) as part:
+        write(part)
+    return Path(out)
 
 
 def _check_place(out: Path, problems: Problems) -> None:

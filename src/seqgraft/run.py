@@ -14,10 +14,13 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import platform
+import re
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -29,24 +32,42 @@ import torch
 
 from seqgraft import __version__
 from seqgraft.adapters import Counts, adapt, load_adapter, merge, save_adapter
+from seqgraft.attribute import AttributeConfig, Attributions, attribute
 from seqgraft.data import prepare_source
-from seqgraft.data.dataset import Dataset, open_dataset, write_json
-from seqgraft.data.folds import read_trunk_folds
-from seqgraft.errors import ModelError, RunError
+from seqgraft.data.dataset import Dataset, check_new_folder, hash_file, new_folder, open_dataset, write_json
+from seqgraft.errors import ConfigError, ModelError, RunError
 from seqgraft.evaluate import Evaluation, evaluate_model
 from seqgraft.experiment import Experiment, parse_source, read_experiment, read_yaml, settings_of, write_yaml
+from seqgraft.exposure import inherited, test_exposure
+from seqgraft.genome import read_gtf
 from seqgraft.models.base import Head, SequenceModel
-from seqgraft.models.weights import build_model, find_model, save_model
+from seqgraft.models.folders import save_model
+from seqgraft.models.weights import build_model, is_random
 from seqgraft.objectives import Elementwise
-from seqgraft.output import check_embeddings, check_output, write_embeddings, write_predictions
-from seqgraft.predict import embed, predict_batches
+from seqgraft.output import (
+    check_arrays,
+    check_embeddings,
+    check_output,
+    write_arrays,
+    write_embeddings,
+    write_predictions,
+)
+from seqgraft.predict import embed, predict_batches, resolve_precision
 from seqgraft.regions import regions_for_prediction
 from seqgraft.scoring import default_metric
+from seqgraft.sequence import PAD
 from seqgraft.train import FitResult, TrainConfig, fit
+from seqgraft.variants import Layout, ScreenConfig, VariantConfig
+from seqgraft.variants.calibrate import Calibrated, Calibration, calibrate
+from seqgraft.variants.screen import Screened, screen
+from seqgraft.variants.table import Scored, score_vcf
 
 __all__ = [
+    "Attributed",
     "Run",
+    "attribute_run",
     "build_run",
+    "calibrate_run",
     "embed_run",
     "evaluate_run",
     "export_run",
@@ -56,6 +77,9 @@ __all__ = [
     "open_run",
     "predict_run",
     "prepare",
+    "score_run",
+    "screen_run",
+    "with_precision",
 ]
 
 
@@ -83,8 +107,7 @@ def prepare(source: Path, folder: Path, overrides: tuple[str, ...] = ()) -> Data
 
 def label_of(experiment: Experiment) -> str:
     """The run's name in tables: its adapter, or "from scratch" for a trunk with random weights that trains."""
-    random = experiment.model.init == "random" or find_model(experiment.model.name) is None
-    if not random:
+    if not is_random(experiment.model):
         return experiment.adapter.label
     return "from scratch" if experiment.adapter.kind == "full" else f"{experiment.adapter.label} on random weights"
 
@@ -112,6 +135,15 @@ def build_run(experiment: Experiment, dataset: Dataset | None = None) -> tuple[S
     return model, dataset
 
 
+def with_precision(experiment: Experiment, model: SequenceModel) -> Experiment:
+    """The experiment with the precision that "auto" means for this model on this machine."""
+    return _in_precision(experiment, resolve_precision(experiment.train.precision, model))
+
+
+def _in_precision(experiment: Experiment, precision: str) -> Experiment:
+    return replace(experiment, train=replace(experiment.train, precision=precision))
+
+
 def _seeded_model(experiment: Experiment, dataset: Dataset) -> SequenceModel:
     torch.manual_seed(experiment.train.seed)
     covariates = 0 if dataset.covariates is None else dataset.covariates.shape[1]
@@ -134,8 +166,12 @@ def fit_run(experiment: Experiment, folder: Path, *, resume: bool = False) -> Fi
             remedy="Continue it with --resume, or choose another name",
         )
     if resume and (folder / "experiment.yaml").exists():
-        _check_resumed(experiment, read_experiment(folder / "experiment.yaml"), folder)
+        before = read_experiment(folder / "experiment.yaml")
+        if experiment.train.precision == "auto":  # which was decided when the run began
+            experiment = _in_precision(experiment, before.train.precision)
+        _check_resumed(experiment, before, folder)
     model, dataset = build_run(experiment)
+    experiment = with_precision(experiment, model)
     objective = objective_of(experiment, dataset)
     counts = adapt(model, experiment.adapter)
     try:
@@ -250,6 +286,186 @@ def _inputs(run: Run, source: Path) -> Dataset:
     return regions_for_prediction(source, run.dataset.info, run.model.tracks, run.dataset.genome, covariates)
 
 
+def score_run(
+    folder: Path,
+    vcf: Path,
+    out: Path,
+    config: VariantConfig | None = None,
+    *,
+    resume: bool = False,
+    shard: tuple[int, int] = (1, 1),
+) -> Scored:
+    """Scores the variants of a VCF with a finished run: what their alternative alleles change in each of its tracks.
+
+    A run of labels needs to have been prepared from intervals of a genome; the score is then the change of the label
+    that is predicted for the window around the variant, after the link: of a probability, or in the label's own unit.
+
+    Args:
+        out: ``.parquet`` (one row per variant and scorer) or ``.vcf.gz`` (one INFO field per scorer).
+        config: by default, the log2 fold change of the bins around the variant; for labels the difference.
+        resume: continue what was interrupted, with the same run, VCF and settings.
+        shard: ``(i, n)``: only the i-th of n stretches of the file.
+
+    Raises:
+        ConfigError: the run's data have no genome or its model takes more than sequences; a wrong setting or suffix.
+        DataError: the VCF does not fit the genome.
+        RunError: the run is not finished; the output exists or cannot be written; nothing to resume from matches.
+    """
+    run = open_run(folder)
+    layout = _layout(run)
+    config = (config or VariantConfig()).resolved(layout)
+    identity = _identity(run, config)
+    found = Calibration.open(run.folder / "calibration", _key(identity, layout))
+    return score_vcf(
+        run.model, layout, config, Path(vcf), Path(out),
+        identity=identity, resume=resume, shard=shard, calibration=found,
+    )  # fmt: skip
+
+
+def _identity(run: Run, config: VariantConfig) -> dict[str, Any]:
+    """What scores depend on beside the variants and the genome."""
+    adapter = run.folder / "adapter"
+    files = [(adapter / name).read_bytes() for name in ("adapter.json", "weights.safetensors")]
+    settings = settings_of(config)
+    del settings["batch_size"]  # which changes rounding at most
+    read = () if config.over is None else config.over.files
+    hashes = [hash_file(path)["sha256"] for path in read if path.is_file()]
+    return {"run": hashlib.sha256(b"".join(files)).hexdigest(), "settings": settings, "files": hashes}
+
+
+def _key(identity: Mapping[str, Any], layout: Layout) -> str:
+    """The name of a calibration: the same for the same run, genome and settings of the scores."""
+    free = {"allow_skipped", "rename", "local", "over"}
+    settings = {name: value for name, value in identity["settings"].items() if name not in free}
+    settings["over"] = {k: v for k, v in identity["settings"]["over"].items() if k not in ("gtf", "bed", "rename")}
+    content = [identity["run"], settings, identity["files"], layout.genome.hash]
+    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:12]
+
+
+def calibrate_run(
+    folder: Path,
+    background: Path | int,
+    config: VariantConfig | None = None,
+    *,
+    gtf: Path | None = None,
+    seed: int = 0,
+    resume: bool = False,
+) -> Calibrated:
+    """Scores background variants, so that ``score_run`` with the same settings adds percentiles.
+
+    Args:
+        background: a VCF, or how many variants to draw at random from the run's genome.
+        gtf: genes, by the distance to whose starts the background is divided.
+
+    Raises:
+        ConfigError, DataError: as ``score_run``; no stratum has enough variants.
+        RunError: the run is not finished; these settings are calibrated already.
+    """
+    run = open_run(folder)
+    layout = _layout(run)
+    config = (config or VariantConfig()).resolved(layout)
+    identity = _identity(run, config)
+    return calibrate(
+        run.model, layout, config, background, run.folder / "calibration", _key(identity, layout),
+        identity=identity, gtf=gtf, seed=seed, resume=resume,
+    )  # fmt: skip
+
+
+def screen_run(folder: Path, regions: Path, out: Path, config: ScreenConfig | None = None) -> Screened:
+    """First-order scores of every SNV of the regions of a BED file, and exact ones of some (``variants.screen``).
+
+    Raises:
+        ConfigError, DataError, ModelError, RunError: as ``screen``; the run has no genome, or is not finished.
+    """
+    run = open_run(folder)
+    return screen(run.model, _layout(run), config or ScreenConfig(), Path(regions), Path(out))
+
+
+def _layout(run: Run) -> Layout:
+    info, genome = run.dataset.info, run.dataset.genome
+    if genome is None or not info.window:
+        what = "the run's data are sequences without a window of a genome, where a variant would have no place"
+        remedy = "Prepare the labels from intervals: genome, interval and window in the prepare file"
+        raise ConfigError(what, str(run.folder), remedy=remedy)
+    if run.dataset.covariates is not None:
+        names = list(run.dataset.covariates.columns)
+        remedy = "Fit a run without covariates"
+        raise ConfigError("the run's model needs covariates, which a VCF does not have", names, remedy=remedy)
+    return Layout(info.window, info.bins, info.bin_size, run.model.tracks, genome)
+
+
+@dataclass(frozen=True)
+class Attributed:
+    """What :func:`attribute_run` made.
+
+    Attributes:
+        found: the attributions.
+        files: the ``.npz``, then the figures.
+        padded: how many windows reach beyond their contig; the model saw N there.
+    """
+
+    found: Attributions
+    files: list[Path]
+    padded: int
+
+
+def attribute_run(
+    folder: Path,
+    source: Path,
+    out: Path,
+    config: AttributeConfig | None = None,
+    *,
+    plots: Path | None = None,
+    suffix: str = ".png",
+) -> Attributed:
+    """What each base of the regions (BED) or sequences (FASTA, table) of a file does to a number of a finished run.
+
+    Args:
+        out: ``.npz`` (:class:`seqgraft.attribute.Attributions`).
+        plots: a new folder for one figure of each region and number.
+        suffix: of the figures, ``.png`` or ``.svg``.
+
+    Raises:
+        ConfigError: an unknown track; settings that do not suit the run; a wrong suffix.
+        DataError: a region that is outside its chromosome or, with genes, is no gene.
+        RunError: the run is not finished; an output exists or cannot be written.
+    """
+    check_arrays(out)
+    if suffix not in (".png", ".svg"):
+        raise ConfigError("figures of this format are not drawn", suffix, remedy="Choose .png or .svg")
+    if plots is not None:
+        check_new_folder(plots)
+    config, run = config or AttributeConfig(), open_run(folder)
+    dataset = _inputs(run, source)
+    exons = None if config.genes is None else read_gtf(config.genes, rename=config.rename)
+    found = attribute(run.model, dataset, config, exons)
+    padded = 0
+    if dataset.genome is not None:
+        windows = [dataset.interval(row) for row in range(len(dataset))]
+        padded = sum(w.start < 0 or w.end > dataset.genome.chroms[w.chrom] for w in windows)
+    files = [write_arrays(out, found.write)]
+    if plots is not None:
+        with new_folder(plots) as building:
+            _draw(found, building, suffix)
+        files += sorted(plots.iterdir())
+    return Attributed(found, files, padded)
+
+
+def _draw(found: Attributions, folder: Path, suffix: str) -> None:
+    from seqgraft.logos import attribution_figure, save_figure
+
+    for row, region in enumerate(found.regions.to_dict("records")):
+        known = found.codes[row] != PAD
+        for number, explained in enumerate(found.names):
+            figure = attribution_figure(
+                found.hypothetical[row, number][:, known], found.codes[row, known], chrom=region["chrom"],
+                start=region["start"], number=explained, method=found.method, name=region["name"].strip("."),
+            )  # fmt: skip
+            name = re.sub(r"[^A-Za-z0-9_.-]+", "_", region["name"]).strip("._")[:60]
+            words = [f"{row:04d}", *([name] if name else []), *([str(number)] if len(found.names) > 1 else [])]
+            save_figure(figure, folder / f"{'_'.join(words)}{suffix}")
+
+
 def export_run(folder: Path, out: Path, *, name: str, licence: str = "", citation: str = "", card: str = "") -> float:
     """Merges the run's adapter and writes a model folder that ``model.name`` accepts.
 
@@ -268,6 +484,7 @@ def export_run(folder: Path, out: Path, *, name: str, licence: str = "", citatio
         )
     difference = merge(run.model)
     parameters = sum(p.numel() for p in run.model.trunk.parameters())
+    folds, before = inherited(run.experiment.model, run.dataset)
     save_model(
         run.model,
         Path(out),
@@ -275,25 +492,23 @@ def export_run(folder: Path, out: Path, *, name: str, licence: str = "", citatio
         info=run.dataset.info,
         licence=licence or run.model.trunk.spec.licence,
         citation=citation or run.model.trunk.spec.citation,
-        trained_on=_seen(run),
+        trained_on=_seen(run, before),
         card=card,
         parameters=parameters,
+        folds=folds,
         seqgraft=__version__,
     )
     return difference
 
 
-def _seen(run: Run) -> pd.DataFrame:
+def _seen(run: Run, before: pd.DataFrame | None) -> pd.DataFrame:
     """The windows that the weights were fitted to: those of this run, and those of the model it started from."""
     info = run.dataset.info
     fitted = run.dataset.regions[run.dataset.regions["fold"] == "train"][["chrom", "start", "end", "fold"]].copy()
     margin = (info.window - info.bins * info.bin_size) // 2
     fitted["start"], fitted["end"] = (fitted["start"] - margin).clip(lower=0), fitted["end"] + margin
     fitted = _joined(fitted)
-    start = find_model(run.experiment.model.name) if run.experiment.model.init == "pretrained" else None
-    if start is None or start.trained_on is None or start.content.get("genome") != (info.genome or {}).get("hash"):
-        return fitted  # places of another genome say nothing about this one
-    return pd.concat([read_trunk_folds(start.trained_on), fitted], ignore_index=True)
+    return fitted if before is None else pd.concat([before, fitted], ignore_index=True)
 
 
 def _joined(regions: pd.DataFrame) -> pd.DataFrame:
@@ -328,6 +543,7 @@ def _environment(experiment: Experiment, dataset: Dataset, model: SequenceModel,
         "threads": torch.get_num_threads(),
         "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "label": label_of(experiment),
+        "precision": experiment.train.precision,
         "metric": experiment.train.metric or default_metric(str(dataset.tracks.frame["link"].iloc[0])),
         "dataset": {
             "folder": str(dataset.folder),
@@ -349,5 +565,6 @@ def _environment(experiment: Experiment, dataset: Dataset, model: SequenceModel,
             "weights": model.trunk.spec.weights,
             "parameters": sum(p.numel() for p in model.trunk.parameters()) - counts.adapter,
         },
+        "exposure": test_exposure(experiment, dataset).record(),
         "counts": asdict(counts),
     }

@@ -1,0 +1,434 @@
+"""Scores on disk: parts that survive a kill, then one Parquet table or an annotated VCF.
+
+::
+
+    OUT.parts/
+      manifest.json     what must be equal to continue: run, VCF, genome, settings, shard
+      000000.parquet    scores of one chunk of variants, in file order; each appears when it is whole
+      joined            the output while it is put together
+
+The table has one row per variant, scorer and, where it is read over genes or regions, each of them: chrom, position,
+ref, alt, id, scorer, the further columns, then one column per track. The VCF is the one that was read, with one more
+INFO field per scorer: for each ALT the values of all tracks, joined by ``|`` ("." for an ALT that was skipped); over
+genes or regions ``NAME:values`` joined by ``&``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import groupby, islice, takewhile
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from seqgraft.data.dataset import hash_file, write_json
+from seqgraft.errors import ConfigError, DataError, RunError, SeqgraftError
+from seqgraft.genome import Variant, vcf_text, write_vcf
+from seqgraft.models.base import SequenceModel
+from seqgraft.progress import progress
+from seqgraft.variants.alleles import AlleleCheck, Checked, check_vcf
+from seqgraft.variants.place import Layout
+from seqgraft.variants.score import Scores, VariantConfig, VariantScorer
+
+__all__ = ["Parts", "Scored", "Table", "check_output", "score_vcf", "skipped_path"]
+
+FORMAT_VERSION = 1
+LARGEST_CHUNK = 1024  # variants per part, fewer where the windows are long
+
+_SUFFIXES = (".parquet", ".vcf.gz")
+_COLUMNS = ("chrom", "position", "ref", "alt", "id", "scorer")
+_PLACES = ("row", "allele")  # of the record in the file; in the parts only
+
+
+def check_output(out: Path) -> None:
+    """Finds what is wrong with the name of an output.
+
+    Raises:
+        ConfigError: neither Parquet nor bgzipped VCF.
+    """
+    if not out.name.lower().endswith(_SUFFIXES):
+        remedy = f"End its name in {' or '.join(_SUFFIXES)}"
+        raise ConfigError("the format of the output is unknown", out.name, remedy=remedy)
+
+
+def skipped_path(out: Path) -> Path:
+    """``NAME.skipped.tsv`` beside the output."""
+    suffix = next((s for s in _SUFFIXES if out.name.lower().endswith(s)), "")
+    return out.with_name(f"{out.name.removesuffix(out.name[len(out.name) - len(suffix) :])}.skipped.tsv")
+
+
+@dataclass(frozen=True)
+class Table:
+    """What the rows hold.
+
+    Attributes:
+        scorers: their labels, in order.
+        columns: further columns, such as "gene".
+        tracks: names, one column each.
+        calibrated: each has another column, ``NAME_percentile``.
+
+    Raises:
+        ConfigError: a track has the name of another column.
+    """
+
+    scorers: tuple[str, ...]
+    columns: tuple[str, ...]
+    tracks: tuple[str, ...]
+    calibrated: bool = False
+
+    def __post_init__(self) -> None:
+        others = {*_COLUMNS, *_PLACES, *self.columns, *self.percentiles}
+        taken = {name for name in self.tracks if name in others or self.tracks.count(name) > 1}
+        if taken:
+            remedy = "Rename it in the track table and prepare the data again"
+            raise ConfigError("a track has the name of another column of the table", sorted(taken), remedy=remedy)
+
+    @property
+    def percentiles(self) -> tuple[str, ...]:
+        """Names of the columns of percentiles."""
+        return tuple(f"{track}_percentile" for track in self.tracks) if self.calibrated else ()
+
+    @property
+    def infos(self) -> tuple[str, ...]:
+        """INFO fields of a VCF."""
+        return (*self.scorers, *(f"{scorer}_percentile" for scorer in self.scorers if self.calibrated))
+
+    @property
+    def schema(self) -> pa.Schema:
+        """Of the parts; the table lacks the first two columns."""
+        types = dict.fromkeys(_PLACES, pa.int64()) | {"position": pa.int64()}
+        names = (*_PLACES, *_COLUMNS, *self.columns)
+        fields = [(name, types.get(name, pa.string())) for name in names]
+        return pa.schema([*fields, *((track, pa.float32()) for track in (*self.tracks, *self.percentiles))])
+
+    def rows(
+        self, variants: Sequence[Checked], scores: Scores, percentiles: npt.NDArray[np.float32] | None = None
+    ) -> pa.Table:
+        """Rows of a chunk: variants in order, in each the sites, in each the scorers; ``percentiles`` like values."""
+        count = len(self.scorers)
+        number = np.repeat(scores.variant, count).tolist()
+        chosen = [variants[i] for i in number]
+        values = scores.values.reshape(-1, len(self.tracks))
+        arrays: list[Any] = [
+            [v.row for v in chosen],
+            [v.allele for v in chosen],
+            [v.name for v in chosen],
+            [v.variant.position for v in chosen],
+            [v.variant.ref for v in chosen],
+            [v.variant.alt for v in chosen],
+            [v.variant.id for v in chosen],
+            list(self.scorers) * len(scores.variant),
+            *([names[i] for names in scores.names for _ in range(count)] for i in range(len(self.columns))),
+            *np.ascontiguousarray(values.T),
+            *(() if percentiles is None else np.ascontiguousarray(percentiles.reshape(values.shape).T)),
+        ]
+        schema = self.schema
+        return pa.table([pa.array(a, type=f.type) for a, f in zip(arrays, schema, strict=True)], schema=schema)
+
+
+class Parts:
+    """The folder ``OUT.parts``, and the output that it becomes.
+
+    Args:
+        manifest: what must be equal to continue.
+
+    Raises:
+        RunError: the output exists, a scoring was interrupted and ``resume`` is off, or it was of something else.
+    """
+
+    def __init__(self, out: Path, manifest: Mapping[str, Any], table: Table, *, resume: bool) -> None:
+        self.out, self.table = out, table
+        self.folder = out.with_name(f"{out.name}.parts")
+        manifest = json.loads(json.dumps(manifest, default=str))
+        path = self.folder / "manifest.json"
+        if self.folder.exists() and not resume:
+            remedy = f"Continue it with --resume, or remove {self.folder}"
+            raise RunError("an interrupted scoring is in the way", str(self.folder), remedy=remedy)
+        if path.exists() or any(self.folder.glob("*.parquet")):
+            self._check_same(manifest, path)
+        elif out.exists():
+            raise RunError("the output exists already", str(out), remedy="Choose another name or remove it first")
+        else:
+            with self._writing():
+                self.folder.mkdir(parents=True, exist_ok=True)
+                write_json(path, manifest)
+
+    def _check_same(self, manifest: Mapping[str, Any], path: Path) -> None:
+        try:
+            before = json.loads(path.read_text())
+        except (OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
+            remedy = f"Remove {self.folder} and start again"
+            raise RunError(f"the manifest cannot be read ({error})", str(path), remedy=remedy) from error
+        changed = [key for key in manifest if manifest[key] != before.get(key)] if isinstance(before, dict) else ["all"]
+        if changed:
+            what = f"the interrupted scoring differs in {', '.join(changed)}"
+            remedy = f"Resume it as it was started, or remove {self.folder} and start again"
+            raise RunError(what, str(self.folder), remedy=remedy)
+
+    def discard_empty(self) -> None:
+        """Removes the folder if no part was written: whatever failed left nothing worth continuing."""
+        if self.folder.exists() and not any(self.folder.glob("*.parquet")):
+            shutil.rmtree(self.folder)
+
+    def has(self, number: int) -> bool:
+        """Whether the part is there, whole."""
+        return self._part(number).exists()
+
+    def write(self, number: int, rows: pa.Table, padded: int) -> None:
+        """Writes a part, ``padded`` of whose rows are; a kill leaves it whole or not at all.
+
+        Raises:
+            RunError: the disk is full or not writable.
+        """
+        part = self.folder / f"{number:06}.part"
+        with self._writing():
+            pq.write_table(rows.replace_schema_metadata({"padded": str(padded)}), part)
+            with part.open("rb") as file:
+                os.fsync(file.fileno())
+            os.replace(part, self._part(number))
+
+    def counts(self, number: int) -> tuple[int, int]:
+        """How many rows a part has, and how many of them are padded."""
+        found = pq.read_metadata(self._part(number))
+        return int(found.num_rows), int(found.metadata[b"padded"])
+
+    def publish(self, count: int, vcf: Path, rows: tuple[int, int], notes: Mapping[str, str]) -> None:
+        """Joins the parts to the output and removes their folder.
+
+        Args:
+            count: how many parts there are.
+            vcf: the file that was scored, for a VCF output.
+            rows: its records ``[first, last)`` that were to be scored.
+            notes: kept in the output's header.
+
+        Raises:
+            RunError: the disk is full or not writable.
+        """
+        joined = self.folder / "joined"
+        index = joined.with_name(f"{joined.name}.tbi")
+        with self._writing():
+            if not self.out.exists():  # a kill may have come after the rename
+                if self.out.name.lower().endswith(".parquet"):
+                    self._join(count, joined, notes)
+                elif write_vcf(joined, self._annotated(count, vcf, rows, notes)):
+                    os.replace(joined, self.out)
+                    os.replace(index, self.out.with_name(f"{self.out.name}.tbi"))
+                if joined.exists():
+                    os.replace(joined, self.out)
+            shutil.rmtree(self.folder)
+
+    def _part(self, number: int) -> Path:
+        return self.folder / f"{number:06}.parquet"
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            remedy = "Free some disk space or check permissions, then continue with --resume"
+            what = f"the scores could not be written ({error.strerror or error})"
+            raise RunError(what, str(self.out), remedy=remedy) from error
+
+    def _join(self, count: int, path: Path, notes: Mapping[str, str]) -> None:
+        metadata = {f"seqgraft.{name}": value for name, value in notes.items()}
+        schema = pa.schema(list(self.table.schema)[len(_PLACES) :], metadata=metadata)
+        with pq.ParquetWriter(path, schema) as writer:
+            for number in range(count):
+                rows = pq.read_table(self._part(number)).drop_columns(list(_PLACES))
+                writer.write_table(rows.replace_schema_metadata(schema.metadata))
+
+    def _annotated(self, count: int, vcf: Path, rows: tuple[int, int], notes: Mapping[str, str]) -> Iterator[str]:
+        """Lines of the VCF with the INFO fields; of the records in ``rows`` only."""
+        scored = self._of_records(count)
+        row, values = next(scored, (0, {}))
+        number = 0
+        for line in vcf_text(vcf):
+            if line.startswith("##"):
+                yield line
+            elif line.startswith("#"):
+                yield from self._header(notes)
+                yield line
+            else:
+                number += 1
+                if number == row:
+                    line = self._with_info(line, values)
+                    row, values = next(scored, (0, {}))
+                if rows[0] <= number < rows[1]:
+                    yield line
+
+    def _header(self, notes: Mapping[str, str]) -> Iterator[str]:
+        form = "values of the tracks joined by |" + (
+            f", as {'/'.join(self.table.columns)}:values joined by &" if self.table.columns else ""
+        )
+        for info in self.table.infos:
+            yield f'##INFO=<ID={info},Number=A,Type=String,Description="seqgraft {info}: for each ALT {form}">'
+        yield f"##seqgraft_tracks={'|'.join(self.table.tracks)}"
+        yield from (f"##seqgraft_{name}={value}" for name, value in notes.items())
+
+    def _of_records(self, count: int) -> Iterator[tuple[int, dict[str, dict[int, str]]]]:
+        """Record number -> scorer -> ALT number -> its entry."""
+
+        def lines() -> Iterator[tuple[int, int, str, str]]:
+            for number in range(count):
+                rows = pq.read_table(self._part(number))
+                parts = [self.table.tracks, *([self.table.percentiles] if self.table.calibrated else [])]
+                texts = [
+                    np.char.mod("%.6g", np.stack([rows[name].to_numpy() for name in part], axis=1)) for part in parts
+                ]
+                names = [rows[column].to_pylist() for column in self.table.columns]
+                columns = [rows[name].to_pylist() for name in (*_PLACES, "scorer")]
+                for i, (row, allele, scorer) in enumerate(zip(*columns, strict=True)):
+                    own = "/".join(re.sub(r"[\s,;=&:|]", "_", of[i]) for of in names)
+                    for info, part in zip((scorer, f"{scorer}_percentile"), texts, strict=False):
+                        entry = "|".join("." if text == "nan" else text for text in part[i].tolist())
+                        yield row, allele, info, f"{own}:{entry}" if own else entry
+
+        for row, group in groupby(lines(), key=lambda line: line[0]):
+            found: dict[str, dict[int, str]] = {}
+            for _, allele, scorer, entry in group:
+                of = found.setdefault(scorer, {})
+                of[allele] = f"{of[allele]}&{entry}" if allele in of else entry
+            yield row, found
+
+    def _with_info(self, line: str, values: Mapping[str, Mapping[int, str]]) -> str:
+        fields = line.split("\t")
+        alleles = range(1, fields[4].count(",") + 2)
+        added = [f"{s}={','.join(values[s].get(a, '.') for a in alleles)}" for s in self.table.infos if s in values]
+        fields[7] = ";".join([*([fields[7]] if fields[7] != "." else []), *added])
+        return "\t".join(fields)
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What became of a file.
+
+    Attributes:
+        files: that were written: the output, its index if there is one, the list of skipped variants.
+        variants: how many were scored.
+        skipped: reason -> how many were not; of the whole file.
+        rows: of the table.
+        padded: rows whose window reaches beyond its contig, where the model saw N.
+        in_words: how they were computed.
+        notes: what the calibration says of them, in words.
+    """
+
+    files: tuple[Path, ...]
+    variants: int
+    skipped: Mapping[str, int]
+    rows: int
+    padded: int
+    in_words: str
+    notes: tuple[str, ...] = ()
+
+
+class Percentiles(Protocol):
+    """What scores are compared with (``calibrate.Calibration``)."""
+
+    @property
+    def identity(self) -> str:
+        """Hash of what they are compared with."""
+
+    def percentiles(self, variants: Sequence[Variant], scores: Scores) -> npt.NDArray[np.float32]:
+        """Of each score among those of the background, 0 to 100; NaN where there is nothing to compare with."""
+
+    def notes(self, variants: Iterable[Variant]) -> tuple[str, ...]:
+        """What is to be known of the percentiles of these variants, in words."""
+
+
+def score_vcf(
+    model: SequenceModel,
+    layout: Layout,
+    config: VariantConfig,
+    vcf: Path,
+    out: Path,
+    *,
+    identity: Mapping[str, Any],
+    resume: bool = False,
+    shard: tuple[int, int] = (1, 1),
+    chunk: int | None = None,
+    calibration: Percentiles | None = None,
+) -> Scored:
+    """Scores the variants of a VCF into a table or an annotated VCF, in chunks that are kept if it is interrupted.
+
+    Args:
+        identity: names what the scores depend on beside the VCF; must be equal to continue.
+        shard: ``(i, n)``: score the i-th of n stretches of the file's records.
+        chunk: variants per part; by default fewer for longer windows. Memory grows with it.
+        calibration: adds percentiles.
+
+    Raises:
+        ConfigError: settings that do not suit the model; an unknown suffix.
+        DataError: the VCF does not fit the genome (``alleles.check_vcf``).
+        ModelError: predictions that are not finite.
+        RunError: the output exists or cannot be written; an interrupted scoring of something else.
+    """
+    check_output(out)
+    scorer = VariantScorer(model, layout, config)
+    config = scorer.config
+    assert config.over is not None
+    labels = tuple(s.label for s in config.scorers)
+    table = Table(labels, tuple(config.over.columns), scorer.columns, calibration is not None)
+    chunk = chunk or min(LARGEST_CHUNK, max(64, (1 << 25) // layout.window))
+    about = {"format": "seqgraft-variants", "format_version": FORMAT_VERSION, "chunk": chunk, "shard": list(shard)}
+    notes = {"run": str(identity.get("run", "")), "genome": layout.genome.hash}
+    if calibration is not None:
+        notes["calibration"] = calibration.identity
+        about["calibration"] = calibration.identity
+    if out.name.lower().endswith(".vcf.gz"):
+        _check_header(vcf, table.infos)
+    parts = Parts(out, about | dict(identity) | {"VCF": _hash(vcf), "genome": layout.genome.hash}, table, resume=resume)
+    try:
+        check = AlleleCheck(layout.genome, layout.window, layout.target, config.rename)
+        checked = check_vcf(vcf, check, skipped_path(out), allow_skipped=config.allow_skipped)
+        records = checked.rows_of(shard)
+        if shard != (1, 1):
+            checked.write_skipped(skipped_path(out), records)
+        total = checked.count(records)
+        count = -(-total // chunk)
+        rows = padded = 0
+        chunks = _chunks(checked.variants(records), chunk)
+        for number, variants in enumerate(progress(chunks, "variants", total=count)):
+            if not parts.has(number):
+                scores = scorer([v.variant for v in variants])
+                percentiles = calibration.percentiles([v.variant for v in variants], scores) if calibration else None
+                parts.write(number, table.rows(variants, scores, percentiles), scores.padded * len(labels))
+            counted = parts.counts(number)
+            rows, padded = rows + counted[0], padded + counted[1]
+        said = calibration.notes(v.variant for v in checked.variants(records)) if calibration else ()
+        parts.publish(count, vcf, records, notes)
+    except SeqgraftError:
+        parts.discard_empty()
+        raise
+    index = out.with_name(f"{out.name}.tbi")
+    files = (out, *([index] if index.exists() else []), skipped_path(out))
+    return Scored(files, total, checked.skipped, rows, padded, scorer.in_words, said)
+
+
+def _check_header(vcf: Path, labels: Sequence[str]) -> None:
+    """Refuses to write an INFO field that the file has already."""
+    header = takewhile(lambda line: line.startswith("##"), vcf_text(vcf))
+    taken = {found[1] for line in header if (found := re.match(r"##INFO=<ID=([^,>]+)", line))}
+    if again := sorted(taken & set(labels)):
+        remedy = "Write .parquet, or remove them, as 'bcftools annotate -x' does"
+        raise DataError("the VCF has INFO fields of these scorers already", again, where=vcf, remedy=remedy)
+
+
+def _chunks(variants: Iterator[Checked], size: int) -> Iterator[list[Checked]]:
+    while chunk := list(islice(variants, size)):
+        yield chunk
+
+
+def _hash(path: Path) -> str:
+    if not path.is_file():
+        raise DataError("the VCF file does not exist", where=path, remedy="Check the path")
+    return str(hash_file(path)["sha256"])
