@@ -66,7 +66,7 @@ class ScreenConfig:
     Attributes:
         score: what the first order is of; for labels "difference" suits.
         pseudocount: of "log2_fold_change".
-        width: bp of a piece, at most; what is read is the sum over the bins that it touches.
+        width: bp of a piece, at most (or what the model predicts); the sum over the bins that it touches is read.
         ensemble: views to average over, in raw units.
         batch_size: windows per pass.
         top: for so many SNVs of each group, those with the largest first-order scores, the exact scorer runs.
@@ -127,14 +127,9 @@ class Screened:
 def cut(regions: pd.DataFrame, layout: Layout, width: int) -> list[Piece]:
     """The pieces of regions (chrom, start, end), each base once, in the order of the contigs.
 
-    Raises:
-        ConfigError: wider than what the model predicts.
+    They have at most ``width`` bp, and never more than what the model predicts.
     """
-    most = layout.window if layout.bins == 1 else layout.target
-    if width > most:
-        raise ConfigError(
-            "the model does not predict so far", width, where="screen: width", remedy=f"At most {most} bp"
-        )
+    width = min(width, layout.target)
     pieces = []
     for chrom, rows in regions.groupby("chrom", sort=False):
         length, reach = layout.genome.chroms[str(chrom)], 0
@@ -299,7 +294,7 @@ def screen(model: SequenceModel, layout: Layout, config: ScreenConfig, bed: Path
             group of which it is one of the largest). Both keep settings and agreement in their metadata.
 
     Raises:
-        ConfigError: an output that is not Parquet; pieces wider than what the model predicts.
+        ConfigError: an output that is not Parquet.
         DataError: the regions do not fit the genome, or hold no known base; groups named like a column.
         ModelError: no gradient leads to the bases, or it is not finite.
         RunError: the output exists or cannot be written.
