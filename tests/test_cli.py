@@ -37,6 +37,8 @@ COMMANDS = (
     "evaluate",
     "predict",
     "variants",
+    "calibrate",
+    "screen",
     "attribute",
     "embed",
     "report",

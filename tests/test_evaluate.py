@@ -22,7 +22,8 @@ from seqgraft.evaluate import EvaluateConfig, Evaluation, GenesConfig, compare_r
 from seqgraft.genes import GeneSettings
 from seqgraft.intervals import segment_blocks
 from seqgraft.models.base import SequenceModel
-from seqgraft.models.weights import ModelConfig, build_model, build_pretrained, save_model
+from seqgraft.models.folders import save_model
+from seqgraft.models.weights import ModelConfig, build_model, build_pretrained
 from seqgraft.predict import predict
 from seqgraft.sequence import encode
 from seqgraft.tracks import TrackTable, unsquash

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -17,6 +18,7 @@ import pytest
 import yaml
 
 from seqgraft.adapters import ADAPTERS
+from seqgraft.attribute import AttributeConfig
 from seqgraft.data import SOURCES, open_dataset, prepare_source
 from seqgraft.data.augment import Augmentation
 from seqgraft.data.coverage import CoverageSource
@@ -39,13 +41,16 @@ from seqgraft.genes import GeneSettings, read_fold_changes
 from seqgraft.genome import Genome, Interval, read_bed_table, read_gtf, read_vcf
 from seqgraft.losses import LOSSES
 from seqgraft.models.weights import ModelConfig
+from seqgraft.oracle import grammar
 from seqgraft.plan import plan_run
 from seqgraft.report import write_report
-from seqgraft.run import evaluate_run, fit_run, predict_run, prepare
+from seqgraft.run import attribute_run, evaluate_run, fit_run, predict_run, prepare
 from seqgraft.sequence import decode
+from seqgraft.target import Target
 from seqgraft.tracks import TrackTable
 from seqgraft.train import TrainConfig
-from seqgraft.variants import OVERS, SCORERS, VariantConfig
+from seqgraft.variants import OVERS, SCORERS, ScreenConfig, VariantConfig
+from seqgraft.variants.scorers import Baskerville
 
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = ROOT / "examples"
@@ -58,7 +63,9 @@ CONFIGURED: list[type] = [
     *LOSSES.values(),
     *(Experiment, ModelConfig, TrainConfig, Augmentation, EvaluateConfig, GenesConfig, GeneSettings),
     *(Folds, Label, LabelledFile, Simulation),
-    *(VariantConfig, *SCORERS.values(), *OVERS.values()),
+    *(VariantConfig, ScreenConfig, *OVERS.values()),
+    *(scorer for scorer in SCORERS.values() if not issubclass(scorer, Baskerville)),  # which have no keys
+    *(AttributeConfig, Target),
 ]
 
 
@@ -136,8 +143,9 @@ def test_the_small_files_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert len(read_bed_table("peaks.narrowPeak")) == 1
     assert build(Simulation, read_yaml(Path("sim.yaml")), "sim.yaml").chromosomes == 4
     text = dict(re.findall(r"^<!-- yaml: (\w+) -->\n```yaml\n(.*?)^```$", FORMATS, re.MULTILINE | re.DOTALL))
-    assert {"coverage", "labelled", "peaks", "experiment", "variants"} == set(text)
+    assert {"coverage", "labelled", "peaks", "experiment", "variants", "attribute"} == set(text)
     assert len(build(VariantConfig, yaml.safe_load(text["variants"]), "variants").scorers) == 2
+    assert build(AttributeConfig, yaml.safe_load(text["attribute"]), "attribute").target.minus == ("rna_naive_*",)
     sources = {kind: parse_source(yaml.safe_load(text[kind])) for kind in SOURCES}
     assert parse_experiment(yaml.safe_load(text["experiment"])).evaluate.ensemble == Augmentation(True, 0)
     labelled = prepare_source(sources["labelled"], tmp_path / "labelled")
@@ -207,6 +215,33 @@ def test_coverage(coverage: Path) -> None:
         assert set(documented("columns", table)) == set(written.columns), table
 
 
+def test_regulators(
+    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The motifs that act in one condition only are those where the contrast's attribution is."""
+    monkeypatch.chdir(_copy(tmp_path_factory, "regulators"))
+    simulate(build(Simulation, read_yaml(Path("sim.yaml")), "sim.yaml"), Path("sim"))
+    prepare(Path("data.yaml"), Path("data/sim"))
+    fit_run(read_experiment(Path("lora.yaml")), Path("runs/lora"))
+    runpy.run_path("regions.py", run_name="__main__")
+    config = build(AttributeConfig, read_yaml(Path("contrast.yaml")), "contrast.yaml")
+    tops = {}
+    for name, sign in (("up", "+"), ("down", "-")):
+        attribute_run(Path("runs/lora"), Path(f"{name}.bed"), Path(f"{name}.npz"), config)
+        monkeypatch.setattr(sys, "argv", ["enrich.py", f"{name}.npz", sign])
+        runpy.run_path("enrich.py", run_name="__main__")
+        tops[name] = pd.read_csv(f"{name}.motifs.csv")
+    activity = {m.name: dict(zip(grammar().conditions, m.activity, strict=True)) for m in grammar().motifs}
+    change = {name: acts["activated"] - acts["naive"] for name, acts in activity.items()}
+    for name, sign in (("up", 1), ("down", -1)):
+        first = tops[name].head(2)
+        assert (first["p"] < 1e-3).all()
+        assert all(sign * change[motif] >= 0.7 for motif in first["motif"]), first
+        decoys = tops[name].query("role == 'decoy'")
+        assert (decoys["p"] > 0.01).all()
+    assert "windows of 25 bp" in capsys.readouterr().out
+
+
 def test_labelled(labelled: Path) -> None:
     subprocess.run([sys.executable, "simulate.py"], check=True, timeout=120)
     for name in ("promoters", "peaks"):
@@ -237,6 +272,8 @@ def test_yaml_is_understood(path: Path, monkeypatch: pytest.MonkeyPatch) -> None
         parse_source(read_yaml(path), str(path))
     elif "sim" in path.suffixes[0] or path.name == "sim.yaml":
         build(Simulation, read_yaml(path), str(path))
+    elif path.name == "contrast.yaml":
+        build(AttributeConfig, read_yaml(path), str(path))
     else:
         assert read_experiment(path).model.name in ("sim-mini", "yeast-mini", "convnet", "trunk")
 

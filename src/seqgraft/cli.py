@@ -193,7 +193,9 @@ def variants(
     parsed = build(VariantConfig, read_yaml(config, settings or ()), str(config or "--set"))
     part = int(numbers[1]), int(numbers[2])
     found = score_run(folder, source, out, parsed, resume=resume, shard=part)
-    _say(f"{found.variants} variants were scored. Computed for each: {found.in_words}.")
+    _say(f"{found.variants - found.unread} variants were scored. Computed for each: {found.in_words}.")
+    if found.unread:
+        _say(f"{found.unread} more lie in the window of no gene or region, and have no row.")
     if found.padded:
         _say(f"In {found.padded} of {found.rows} rows the window reaches beyond its contig; the model saw N there.")
     for note in found.notes:

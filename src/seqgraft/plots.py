@@ -2,7 +2,7 @@
 
 Colours are Okabe and Ito's, which colour-blind readers can tell apart, and every series also has its own marker or line
 style. Figures are drawn without a display. :func:`svg` turns one into text to put into a page, where its colours follow
-the page's (light or dark). This module is the only door to matplotlib.
+the page's (light or dark). This module and ``logos``, which draws sequences, are the only doors to matplotlib.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from matplotlib.ticker import MaxNLocator
 
 from seqgraft.errors import DataError
 
-__all__ = ["THEME", "Examples", "metric_dots", "model_dots", "svg", "tracks_panel", "training_curve"]
+__all__ = ["THEME", "Examples", "metric_dots", "model_dots", "styled", "svg", "tracks_panel", "training_curve"]
 
 Floats = npt.NDArray[np.float64]
 
@@ -73,7 +73,8 @@ _STYLE: Any = {  # matplotlib types each key
 
 
 @contextmanager
-def _style() -> Iterator[None]:
+def styled() -> Iterator[None]:
+    """What is drawn within has the style of all figures here."""
     with mpl.rc_context(_STYLE):
         yield
 
@@ -157,7 +158,7 @@ def metric_dots(frame: pd.DataFrame, *, title: str, xlabel: str, highlight: str)
         half = MAX_TRACKS // 2
         shown, note = [*tracks[:half], *tracks[-half:]], f"the {half} best and {half} worst of {len(tracks)} tracks"
     rows = ([""] if (frame["track"] == "").any() else []) + shown
-    with _style():
+    with styled():
         spread = min(0.12 * len(models), 0.62)
         labels = [_short(track) if track else "mean over tracks" for track in rows]
         height = (0.14 + 0.1 * len(models)) * len(rows) + 0.2
@@ -185,7 +186,7 @@ def model_dots(frame: pd.DataFrame, *, title: str, xlabel: str, groups: Sequence
         xlabel: metric and unit.
         groups: names of the groups, for the legend.
     """
-    with _style():
+    with styled():
         labels = [_short(_words(str(model))) for model in frame["model"]]
         figure, axes, top = _canvas(title, 0.27 * len(frame) + 0.2, legend=groups, left=_margin(labels))
         indexed = frame.reset_index(drop=True)
@@ -216,7 +217,7 @@ def training_curve(frame: pd.DataFrame, *, score: str = "score") -> Figure:
         epoch, last = int(epochs[best]), int(epochs[-1])
         when = "in the last epoch: more may help" if epoch == last and last > 1 else f"in epoch {epoch} of {last}"
         title = f"Validation {score} is best, {scores[best]:.3f}, {when}"
-    with _style():
+    with styled():
         height, count = (3.0, 2) if known else (2.0, 1)
         figure, upper, top = _canvas(title, height, legend=("training", "validation"), panels=count, gap=0.15)
         panels = figure.axes
@@ -258,7 +259,7 @@ def tracks_panel(examples: Examples, region: int, max_tracks: int = 6) -> Figure
     place = f"{chrom}:{start + 1:,}-{start + bins * examples.bin_size:,}"
     title = f"{place}: " + _agreement(observed, predicted, baseline, examples.baseline_name)
     edges = (start + np.arange(bins + 1) * examples.bin_size) / 1000
-    with _style():
+    with styled():
         named = f"baseline: {_words(examples.baseline_name)}" if examples.baseline_name else "baseline"
         labels = ["observed", "predicted", *([named] if np.isfinite(baseline).any() else [])]
         figure, _, top = _canvas(title, 0.9 * count, legend=labels, panels=count, left=0.15, gap=0.55, below_legend=0.2)
@@ -286,7 +287,7 @@ def tracks_panel(examples: Examples, region: int, max_tracks: int = 6) -> Figure
 def svg(figure: Figure, name: str, alt: str) -> str:
     """A figure as an ``<svg>`` element for a page; ids start with ``name``, colours are the page's variables."""
     buffer = io.StringIO()
-    with _style():
+    with styled():
         figure.savefig(buffer, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
     text = buffer.getvalue()
     text = text[text.index("<svg") :]

@@ -19,6 +19,7 @@ import json
 import os
 import re
 import shutil
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -184,23 +185,24 @@ class Parts:
         """Whether the part is there, whole."""
         return self._part(number).exists()
 
-    def write(self, number: int, rows: pa.Table, padded: int) -> None:
-        """Writes a part, ``padded`` of whose rows are; a kill leaves it whole or not at all.
+    def write(self, number: int, rows: pa.Table, counts: Mapping[str, int]) -> None:
+        """Writes a part, with counts that ``counts`` gives back; a kill leaves it whole or not at all.
 
         Raises:
             RunError: the disk is full or not writable.
         """
         part = self.folder / f"{number:06}.part"
         with self._writing():
-            pq.write_table(rows.replace_schema_metadata({"padded": str(padded)}), part)
+            pq.write_table(rows.replace_schema_metadata({name: str(count) for name, count in counts.items()}), part)
             with part.open("rb") as file:
                 os.fsync(file.fileno())
             os.replace(part, self._part(number))
 
-    def counts(self, number: int) -> tuple[int, int]:
-        """How many rows a part has, and how many of them are padded."""
+    def counts(self, number: int) -> Counter[str]:
+        """How many rows a part has, and the counts that it was written with."""
         found = pq.read_metadata(self._part(number))
-        return int(found.num_rows), int(found.metadata[b"padded"])
+        written = {name.decode(): int(count) for name, count in found.metadata.items() if count.isdigit()}
+        return Counter(written | {"rows": int(found.num_rows)})
 
     def publish(self, count: int, vcf: Path, rows: tuple[int, int], notes: Mapping[str, str]) -> None:
         """Joins the parts to the output and removes their folder.
@@ -318,6 +320,7 @@ class Scored:
         skipped: reason -> how many were not; of the whole file.
         rows: of the table.
         padded: rows whose window reaches beyond its contig, where the model saw N.
+        unread: variants without a row: they lie in the window of none of the genes or regions.
         in_words: how they were computed.
         notes: what the calibration says of them, in words.
     """
@@ -327,6 +330,7 @@ class Scored:
     skipped: Mapping[str, int]
     rows: int
     padded: int
+    unread: int
     in_words: str
     notes: tuple[str, ...] = ()
 
@@ -395,15 +399,16 @@ def score_vcf(
             checked.write_skipped(skipped_path(out), records)
         total = checked.count(records)
         count = -(-total // chunk)
-        rows = padded = 0
+        counted: Counter[str] = Counter()
         chunks = _chunks(checked.variants(records), chunk)
         for number, variants in enumerate(progress(chunks, "variants", total=count)):
             if not parts.has(number):
                 scores = scorer([v.variant for v in variants])
                 percentiles = calibration.percentiles([v.variant for v in variants], scores) if calibration else None
-                parts.write(number, table.rows(variants, scores, percentiles), scores.padded * len(labels))
-            counted = parts.counts(number)
-            rows, padded = rows + counted[0], padded + counted[1]
+                unread = len(variants) - len(np.unique(scores.variant))
+                counts = {"padded": scores.padded * len(labels), "unread": unread}
+                parts.write(number, table.rows(variants, scores, percentiles), counts)
+            counted.update(parts.counts(number))
         said = calibration.notes(v.variant for v in checked.variants(records)) if calibration else ()
         parts.publish(count, vcf, records, notes)
     except SeqgraftError:
@@ -411,7 +416,8 @@ def score_vcf(
         raise
     index = out.with_name(f"{out.name}.tbi")
     files = (out, *([index] if index.exists() else []), skipped_path(out))
-    return Scored(files, total, checked.skipped, rows, padded, scorer.in_words, said)
+    rows, padded, unread = (counted[name] for name in ("rows", "padded", "unread"))
+    return Scored(files, total, checked.skipped, rows, padded, unread, scorer.in_words, said)
 
 
 def _check_header(vcf: Path, labels: Sequence[str]) -> None:
