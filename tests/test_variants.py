@@ -37,7 +37,7 @@ from seqgraft.sequence import N, decode, encode, reverse_complement
 from seqgraft.tracks import TrackTable, unsquash
 from seqgraft.variants import Layout, VariantConfig, VariantScorer
 from seqgraft.variants import table as tables
-from seqgraft.variants.over import Centre, Window
+from seqgraft.variants.over import Centre, Regions, Window
 from seqgraft.variants.place import Alignment, Site, align, alternate
 from seqgraft.variants.scorers import Difference, Log2FoldChange
 from test_alleles import vcf
@@ -467,6 +467,18 @@ def test_shards_and_chunks_make_the_same_table(runs: Path, source: Path, tmp_pat
     out = tmp_path / "chunks.parquet"
     tables.score_vcf(run.model, layout, CONFIG, source, out, identity={}, chunk=7)
     pd.testing.assert_frame_equal(pd.read_parquet(out), whole, rtol=1e-4, atol=1e-5)
+
+
+def test_variants_that_nothing_reads_are_counted(runs: Path, source: Path, tmp_path: Path) -> None:
+    bed = tmp_path / "peak.bed"
+    bed.write_text(f"chr1\t{WINDOW}\t{WINDOW + BIN_SIZE}\n")
+    out = tmp_path / "peaks.parquet"
+    config = replace(CONFIG, over=Regions(bed))
+    found = score_run(runs / "coverage", source, out, config)
+    named = set(pd.read_parquet(out)["id"])
+    assert 0 < found.unread < found.variants
+    assert found.rows == len(pd.read_parquet(out)) == (found.variants - found.unread) * len(CONFIG.scorers)
+    assert 0 < len(named) < 40
 
 
 def in_parts_of_four(runs: Path, source: Path, out: Path, *, resume: bool = False) -> None:
