@@ -33,10 +33,10 @@ _AROUND = {
 
 @dataclass(frozen=True)
 class Found:
-    """A module with weights of its own: its name in the trunk, its type, its sites, and why it has none."""
+    """A module with weights of its own: its name in the trunk, its class, its sites, and why it has none."""
 
     name: str
-    type: str
+    layer: str
     sites: tuple[str, ...]
     note: str = ""
 

@@ -150,7 +150,7 @@ def trunk_class(make: Callable[..., nn.Module | Mapping[str, nn.Module]], spec: 
 
 def describe(trunk: WrappedTrunk) -> pd.DataFrame:
     """The modules with weights: name in the trunk, type, sites that adapters find it at, and why it is at none."""
-    rows = [(entry.name, entry.type, ", ".join(entry.sites), entry.note) for entry in trunk.found]
+    rows = [(entry.name, entry.layer, ", ".join(entry.sites), entry.note) for entry in trunk.found]
     return pd.DataFrame(rows, columns=["module", "type", "sites", "note"])
 
 
