@@ -1,4 +1,4 @@
-"""``python -m benchmarks [NAME ...]``: all of them if none is named."""
+"""``python -m benchmarks [NAME[:CASE] ...]``: all of them if none is named."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ import benchmarks
 
 NAMES = sorted(found.name for found in pkgutil.iter_modules(benchmarks.__path__) if not found.name.startswith("_"))
 
-for name in sys.argv[1:] or NAMES:
+for wanted in sys.argv[1:] or NAMES:
+    name, _, case = wanted.partition(":")
     if name not in NAMES:
         sys.exit(f"There is no benchmark {name!r}; there are {', '.join(NAMES)}.")
-    print(f"## {name}", flush=True)
-    for line in importlib.import_module(f"benchmarks.{name}").run():
+    print(f"## {wanted}", flush=True)
+    module = importlib.import_module(f"benchmarks.{name}")
+    for line in module.run(cases=[module.CASES[case]]) if case else module.run():
         print(line, flush=True)

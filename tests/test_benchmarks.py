@@ -1,0 +1,83 @@
+"""Every benchmark runs, at toy size and without the other packages, and says how to get them."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+
+import benchmarks
+import pytest
+from benchmarks import _children, _peers, cache, trunk
+
+from seqgraft.models.folders import TRUNKS
+from seqgraft.models.weights import ModelConfig
+
+ROOT = Path(__file__).parent.parent
+TINY = {
+    "borzoi": {"stem": 16, "tower": [16, 16, 16, 16, 24, 24], "blocks": 1, "heads": 2, "key_size": 4, "final": 24},
+    "enformer": {"channels": 96, "depth": 1, "heads": 2, "key_size": 4, "divisible_by": 4},
+}
+
+
+def test_each_is_found_by_name() -> None:
+    names = {found.name for found in pkgutil.iter_modules(benchmarks.__path__) if not found.name.startswith("_")}
+    assert {"cache", "trunk"} <= names
+    for name in names:
+        assert callable(importlib.import_module(f"benchmarks.{name}").run)
+    command = [sys.executable, "-m", "benchmarks", "nothing"]
+    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert found.returncode == 1
+    assert f"there are {', '.join(sorted(names))}" in found.stderr
+
+
+def test_training_with_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SEQGRAFT_CACHE", "")
+    model = ModelConfig(settings={"channels": 16, "depth": 2, "blocks": 1})
+    cases = [
+        replace(cache.CASES[name], model=model, window=256, bins=8, regions=4, epochs=3, batch_size=2)
+        for name in ("yeast-mini-probe", "yeast-mini-lora")
+    ]
+    lines = list(cache.run(cases))
+    assert sum("float16 against off: a step" in line for line in lines) == 2
+    assert all(float(ratio) > 0 for line in lines for ratio in re.findall(r"(\S+)x", line))
+    assert "activations of the whole trunk as float16" in lines[4]
+
+
+def test_trunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trunk, "in_child", _children.measure)  # a process of its own takes seconds to begin
+    cases = [
+        trunk.Case("borzoi", 1024, rounds=2, peer=False, settings=TINY["borzoi"]),
+        trunk.Case("enformer", 1024, peer=False, settings=TINY["enformer"]),
+        trunk.Case("borzoi", 1024, "LoRA step", peer=False, settings=TINY["borzoi"]),
+    ]
+    lines = list(trunk.run(cases))
+    assert [line.split()[0] for line in lines] == ["borzoi", "borzoi", "enformer", "enformer", "borzoi", "borzoi"]
+    assert all(re.search(r"\d CPU s, +\d+ MiB$", line) for line in lines)
+
+
+@pytest.mark.parametrize("network", ["borzoi", "enformer"])
+def test_the_other_packages_are_asked_for_by_their_names(network: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def without(name: str, *args: object, **kwargs: object) -> ModuleType:
+        raise ModuleNotFoundError(f"No module named {name!r}")
+
+    monkeypatch.setattr(importlib, "import_module", without)
+    with pytest.raises(SystemExit, match=f"{network}_pytorch.*pip install borzoi-pytorch enformer-pytorch"):
+        _peers.peer_of(network, TRUNKS[network](**TINY[network]))
+
+
+@pytest.mark.parametrize("network", ["borzoi", "enformer"])
+def test_every_tensor_has_a_name_there(network: str) -> None:
+    """A full-size trunk without memory for its weights: no two of its tensors become one."""
+    import torch
+
+    with torch.device("meta"):
+        names = list(TRUNKS[network]().state_dict())
+    theirs = [_peers._name(network, name) for name in names]
+    assert len(set(theirs)) == len(names)
+    assert all("stages" not in name for name in theirs)
