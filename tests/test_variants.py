@@ -481,6 +481,25 @@ def test_variants_that_nothing_reads_are_counted(runs: Path, source: Path, tmp_p
     assert 0 < len(named) < 40
 
 
+def test_replicates_are_averaged(runs: Path, source: Path, tmp_path: Path) -> None:
+    content = yaml.safe_load((runs / "coverage" / "experiment.yaml").read_text())
+    content["train"]["seed"] = 2
+    fit_run(parse_experiment(content), tmp_path / "second")
+    folders = [runs / "coverage", tmp_path / "second"]
+    for number, folder in enumerate(folders):
+        score_run(folder, source, tmp_path / f"{number}.parquet", CONFIG)
+    out = tmp_path / "mean.parquet"
+    score_run(folders[0], source, out, CONFIG, replicates=folders[1:])
+    first, second, mean = (pd.read_parquet(tmp_path / f"{name}.parquet") for name in (0, 1, "mean"))
+    tracks = open_run(folders[0]).model.tracks.names
+    assert not np.allclose(first[tracks], second[tracks], rtol=1e-2)
+    np.testing.assert_allclose(mean[tracks], (first[tracks] + second[tracks]) / 2, rtol=1e-4, atol=1e-6)
+    pd.testing.assert_frame_equal(mean.drop(columns=tracks), first.drop(columns=tracks))
+    with pytest.raises(ConfigError, match="a replicate differs from the first run in") as error:
+        score_run(folders[0], source, tmp_path / "x.parquet", CONFIG, replicates=[runs / "intervals"])
+    assert "['windows and bins', 'tracks']" in str(error.value)
+
+
 def in_parts_of_four(runs: Path, source: Path, out: Path, *, resume: bool = False) -> None:
     """A scoring in eleven parts."""
     run = open_run(runs / "coverage")

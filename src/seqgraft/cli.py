@@ -177,6 +177,9 @@ def variants(
     config: Annotated[Path | None, typer.Option(help="YAML file that says how to score.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue a scoring that was interrupted.")] = False,
     shard: Annotated[str, typer.Option(help="Score one of several parts of the file, as in 3/16.")] = "1/1",
+    replicate: Annotated[
+        list[Path] | None, typer.Option(help="Another run of the same tracks to average with; may be repeated.")
+    ] = None,
     settings: Settings = None,
 ) -> None:
     """Score what the alternative alleles of variants change in each track."""
@@ -192,7 +195,7 @@ def variants(
         raise ConfigError("this is no part of a file", shard, where="--shard", remedy="Write 1/16 to 16/16")
     parsed = build(VariantConfig, read_yaml(config, settings or ()), str(config or "--set"))
     part = int(numbers[1]), int(numbers[2])
-    found = score_run(folder, source, out, parsed, resume=resume, shard=part)
+    found = score_run(folder, source, out, parsed, resume=resume, shard=part, replicates=replicate or ())
     _say(f"{found.variants - found.unread} variants were scored. Computed for each: {found.in_words}.")
     if found.unread:
         _say(f"{found.unread} more lie in the window of no gene or region, and have no row.")

@@ -19,7 +19,7 @@ import json
 import platform
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -35,7 +35,7 @@ from seqgraft.adapters import Counts, adapt, load_adapter, merge, save_adapter
 from seqgraft.attribute import AttributeConfig, Attributions, attribute
 from seqgraft.data import prepare_source
 from seqgraft.data.dataset import Dataset, check_new_folder, hash_file, new_folder, open_dataset, write_json
-from seqgraft.errors import ConfigError, ModelError, RunError
+from seqgraft.errors import ConfigError, ModelError, Problems, RunError
 from seqgraft.evaluate import Evaluation, evaluate_model
 from seqgraft.experiment import Experiment, parse_source, read_experiment, read_yaml, settings_of, write_yaml
 from seqgraft.exposure import inherited, test_exposure
@@ -294,6 +294,7 @@ def score_run(
     *,
     resume: bool = False,
     shard: tuple[int, int] = (1, 1),
+    replicates: Sequence[Path] = (),
 ) -> Scored:
     """Scores the variants of a VCF with a finished run: what their alternative alleles change in each of its tracks.
 
@@ -305,9 +306,12 @@ def score_run(
         config: by default, the log2 fold change of the bins around the variant; for labels the difference.
         resume: continue what was interrupted, with the same run, VCF and settings.
         shard: ``(i, n)``: only the i-th of n stretches of the file.
+        replicates: further runs of the same tracks, of other seeds or folds: the scores are the mean over all of them,
+            and have no percentiles.
 
     Raises:
-        ConfigError: the run's data have no genome or its model takes more than sequences; a wrong setting or suffix.
+        ConfigError: the run's data have no genome or its model takes more than sequences; a wrong setting or suffix;
+            replicates of other tracks.
         DataError: the VCF does not fit the genome.
         RunError: the run is not finished; the output exists or cannot be written; nothing to resume from matches.
     """
@@ -315,11 +319,31 @@ def score_run(
     layout = _layout(run)
     config = (config or VariantConfig()).resolved(layout)
     identity = _identity(run, config)
-    found = Calibration.open(run.folder / "calibration", _key(identity, layout))
+    others = [open_run(other) for other in replicates]
+    if others:
+        _check_replicates(layout, others)
+        identity["replicates"] = [_identity(other, config)["run"] for other in others]
+    found = None if others else Calibration.open(run.folder / "calibration", _key(identity, layout))
     return score_vcf(
         run.model, layout, config, Path(vcf), Path(out),
-        identity=identity, resume=resume, shard=shard, calibration=found,
+        identity=identity, resume=resume, shard=shard, calibration=found, replicates=[run.model for run in others],
     )  # fmt: skip
+
+
+def _check_replicates(layout: Layout, others: Sequence[Run]) -> None:
+    """Refuses runs whose scores would not mean the same."""
+    problems = Problems(ConfigError)
+    for other in others:
+        theirs = _layout(other)
+        facts = {
+            "genome": (layout.genome.hash, theirs.genome.hash),
+            "windows and bins": tuple((each.window, each.bins, each.bin_size) for each in (layout, theirs)),
+            "tracks": (layout.tracks.names, theirs.tracks.names),
+        }
+        if differing := [name for name, (ours, its) in facts.items() if ours != its]:
+            remedy = "Give runs of one prepared dataset"
+            problems.add("a replicate differs from the first run in", differing, where=other.folder, remedy=remedy)
+    problems.raise_if_any()
 
 
 def _identity(run: Run, config: VariantConfig) -> dict[str, Any]:

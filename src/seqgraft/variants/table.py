@@ -22,7 +22,7 @@ import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby, islice, takewhile
 from pathlib import Path
 from typing import Any, Protocol
@@ -361,6 +361,7 @@ def score_vcf(
     shard: tuple[int, int] = (1, 1),
     chunk: int | None = None,
     calibration: Percentiles | None = None,
+    replicates: Sequence[SequenceModel] = (),
 ) -> Scored:
     """Scores the variants of a VCF into a table or an annotated VCF, in chunks that are kept if it is interrupted.
 
@@ -369,6 +370,7 @@ def score_vcf(
         shard: ``(i, n)``: score the i-th of n stretches of the file's records.
         chunk: variants per part; by default fewer for longer windows. Memory grows with it.
         calibration: adds percentiles.
+        replicates: further models of the same tracks, whose scores are averaged with the first one's.
 
     Raises:
         ConfigError: settings that do not suit the model; an unknown suffix.
@@ -377,7 +379,8 @@ def score_vcf(
         RunError: the output exists or cannot be written; an interrupted scoring of something else.
     """
     check_output(out)
-    scorer = VariantScorer(model, layout, config)
+    scorers = [VariantScorer(each, layout, config) for each in (model, *replicates)]
+    scorer = scorers[0]
     config = scorer.config
     assert config.over is not None
     labels = tuple(s.label for s in config.scorers)
@@ -403,7 +406,7 @@ def score_vcf(
         chunks = _chunks(checked.variants(records), chunk)
         for number, variants in enumerate(progress(chunks, "variants", total=count)):
             if not parts.has(number):
-                scores = scorer([v.variant for v in variants])
+                scores = _averaged([each([v.variant for v in variants]) for each in scorers])
                 percentiles = calibration.percentiles([v.variant for v in variants], scores) if calibration else None
                 unread = len(variants) - len(np.unique(scores.variant))
                 counts = {"padded": scores.padded * len(labels), "unread": unread}
@@ -418,6 +421,11 @@ def score_vcf(
     files = (out, *([index] if index.exists() else []), skipped_path(out))
     rows, padded, unread = (counted[name] for name in ("rows", "padded", "unread"))
     return Scored(files, total, checked.skipped, rows, padded, unread, scorer.in_words, said)
+
+
+def _averaged(each: Sequence[Scores]) -> Scores:
+    """The scores of one model, or the mean of those of several, whose rows are the same."""
+    return replace(each[0], values=np.mean([scores.values for scores in each], axis=0)) if len(each) > 1 else each[0]
 
 
 def _check_header(vcf: Path, labels: Sequence[str]) -> None:
