@@ -86,6 +86,46 @@ _BORZOI = {
     "final.norm": "final_joined_convs.0.norm",
     "final.conv": "final_joined_convs.0.conv_layer",
 }
+_GRELU_BLOCK = {
+    "attention_norm": "norm.layer",
+    "attention.query": "mha.to_q",
+    "attention.key": "mha.to_k",
+    "attention.value": "mha.to_v",
+    "attention.output": "mha.to_out",
+    "attention.position": "mha.to_pos_k",
+    "attention.content_bias": "mha.rel_content_bias",
+    "attention.position_bias": "mha.rel_pos_bias",
+    "feedforward_norm": "ffn.dense1.norm.layer",
+    "up": "ffn.dense1.linear",
+    "down": "ffn.dense2.linear",
+}
+_GRELU_UPSAMPLE = {
+    "norm": "conv.norm.layer",
+    "below": "conv.conv",
+    "lateral_norm": "channel_transform.norm.layer",
+    "lateral": "channel_transform.conv.layer",
+    "depthwise": "sconv.depthwise",
+    "pointwise": "sconv.pointwise",
+}
+_GRELU = {
+    "stem.conv": "conv_tower.blocks.0.conv",
+    **{
+        f"tower_{i}.{ours}": f"conv_tower.blocks.{i + 1}.{theirs}"
+        for i in range(6)
+        for ours, theirs in (("norm", "norm.layer"), ("conv", "conv"))
+    },
+    **{
+        f"{stage}_{i}.{ours}": f"{tower}.blocks.{i}.{theirs}"
+        for stage, tower, count, names in (
+            ("transformer", "transformer_tower", 8, _GRELU_BLOCK),
+            ("upsample", "unet_tower", 2, _GRELU_UPSAMPLE),
+        )
+        for i in range(count)
+        for ours, theirs in names.items()
+    },
+    "final.norm": "pointwise_conv.norm.layer",
+    "final.conv": "pointwise_conv.conv",
+}
 
 
 def peer_of(name: str, trunk: Trunk, tracks: int = 0) -> Peer:
@@ -115,7 +155,7 @@ def peer_of(name: str, trunk: Trunk, tracks: int = 0) -> Peer:
 
 
 def _name(name: str, ours: str) -> str:
-    places = {"borzoi": _BORZOI, "enformer": _ENFORMER}[name]
+    places = {"borzoi": _BORZOI, "enformer": _ENFORMER, "grelu": _GRELU}[name]
     place = ours.removeprefix("stages.")
     if place in places:  # a parameter of the block itself
         return places[place]
@@ -123,11 +163,11 @@ def _name(name: str, ours: str) -> str:
     return f"{places[module]}.{parameter}"
 
 
-def _import(package: str) -> ModuleType:
+def _import(package: str, install: str = INSTALL) -> ModuleType:
     try:
         return importlib.import_module(package)
     except ModuleNotFoundError as error:
-        raise SystemExit(f"{error}; to compare with the other packages: {INSTALL}") from error
+        raise SystemExit(f"{error}; to compare with the other packages: {install}") from error
 
 
 class Peer(nn.Module):

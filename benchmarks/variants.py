@@ -1,14 +1,16 @@
 """Variant effects: one pass for the alternate that starts from the reference, beside the peers' two full passes.
 
 The same networks on the same random weights (with BatchNorm statistics of random sequences, so that signals survive),
-in borzoi-pytorch and enformer-pytorch and here. Numbers are CPU seconds of the process on one thread, the cases in
-turn and every other round backwards; the median of the rounds. What is printed as exact is compared before it counts.
+in borzoi-pytorch and enformer-pytorch, or in gReLU, and here. Numbers are CPU seconds of the process on one thread, the
+cases in turn and every other round backwards, and wall seconds in brackets; the medians of the rounds. Ratios are of
+CPU seconds. What is printed as exact is compared before it counts.
 
-The peers' way is a pass of the window with each allele, twice the time of one. Ours is counted three times: the
-alternate alone beside that pair, with its share of a reference that 20 variants have in common, and with a reference of
-its own. Bins: the central 2,048 bp, or all. At full length::
+The peers' way is a pass of the window with each allele, twice the time of one; gReLU's is what its
+``predict_variant_effects`` takes for a variant, of two. Ours is counted three times: the alternate alone beside that
+pair, with its share of a reference that 20 variants have in common, and with a reference of its own. Bins: the central
+2,048 bp, or all. At full length, and beside gReLU::
 
-    python -m benchmarks variants:borzoi-full variants:enformer-full
+    python -m benchmarks variants:borzoi-full variants:enformer-full variants:grelu-borzoi
 """
 
 from __future__ import annotations
@@ -22,7 +24,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks._peers import SETTINGS, Peer, peer_of
+from benchmarks._grelu import Grelu
+from benchmarks._peers import SETTINGS, peer_of
 from seqgraft.local import Recompute
 from seqgraft.models.base import Head, SequenceModel, Span, Trunk, one_hot
 from seqgraft.models.borzoi import Borzoi
@@ -55,12 +58,13 @@ _NETWORKS = {
 
 @dataclass(frozen=True)
 class Case:
-    """A window length in bp; ``brief`` leaves out what is not one SNV."""
+    """A window length in bp; ``brief`` leaves out what is not one SNV; ``grelu`` beside it, not beside a network's port."""
 
     network: str
     length: int
     rounds: int = 3
     brief: bool = False
+    grelu: bool = False
 
 
 CASES = {
@@ -70,6 +74,8 @@ CASES = {
     "enformer-full": Case("enformer", 196_608, rounds=1, brief=True),
     "borzoi-toy": Case("borzoi", 8192, rounds=1),
     "enformer-toy": Case("enformer", 4096, rounds=1),
+    "grelu-borzoi": Case("borzoi", 65_536, brief=True, grelu=True),
+    "grelu-toy": Case("borzoi", 8192, rounds=1, brief=True, grelu=True),
 }
 
 
