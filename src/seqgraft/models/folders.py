@@ -36,6 +36,7 @@ from seqgraft.models.convnet import ConvNet
 from seqgraft.models.enformer import Enformer
 from seqgraft.models.hub import is_hub_id, licence_of, load_published
 from seqgraft.models.huggingface import Loaded
+from seqgraft.models.language import Language
 from seqgraft.models.reading import read_tensors
 from seqgraft.models.wrap import ModuleSpec, WrappedTrunk, trunk_class
 from seqgraft.tracks import TrackTable
@@ -53,7 +54,7 @@ __all__ = [
 FORMAT_VERSION = 1
 
 #: Architecture -> class. A new trunk is registered here, and the contract tests find it.
-TRUNKS: dict[str, type[Trunk]] = {"convnet": ConvNet, "borzoi": Borzoi, "enformer": Enformer}
+TRUNKS: dict[str, type[Trunk]] = {"convnet": ConvNet, "borzoi": Borzoi, "enformer": Enformer, "language": Language}
 
 
 @dataclass(frozen=True)
