@@ -24,8 +24,11 @@ from seqgraft.errors import ConfigError, DataError, ModelError
 from seqgraft.local import Recompute
 from seqgraft.memory import bytes_without_computing
 from seqgraft.models.base import Head, SequenceModel, Trunk, mean_of_valid
+from seqgraft.models.folders import convert_published
+from seqgraft.models.hub import load_published
 from seqgraft.models.hub_language import load_language
 from seqgraft.models.language import Language
+from seqgraft.models.weights import ModelConfig, build_model, build_pretrained
 from seqgraft.objectives import Elementwise
 from seqgraft.sample import Sample
 from seqgraft.sequence import PAD, decode
@@ -170,6 +173,27 @@ def test_a_copy_is_built_from_its_settings_alone(tmp_path: Path) -> None:
     again.load_state_dict(trunk.state_dict())
     codes, lengths = batch(*LENGTHS)
     assert torch.equal(again(codes, lengths).x, trunk(codes, lengths).x)
+
+
+def test_a_checkpoint_is_a_model_name(tmp_path: Path, labels: Dataset, coverage: Dataset) -> None:
+    """As a hub id is: converted into a model folder without heads, good for labels and for bins of any size."""
+    checkpoint(tmp_path / "saved", "esm")
+    loaded = load_published(str(tmp_path / "saved"))
+    folder = tmp_path / "model"
+    convert_published(loaded, folder, name="dna", licence="", source="here")
+    config = ModelConfig(name=str(folder))
+    codes, lengths = batch(48)
+    expected = loaded.trunk(codes, lengths).x
+    for dataset in (labels, coverage):
+        info = replace(dataset.info, bin_size=dataset.info.bin_size if dataset is labels else 8, window=256)
+        info = info if dataset is labels else replace(info, bins=28)
+        model = build_model(config, dataset.tracks, info).eval()
+        found = model.trunk.run(model.trunk.encode(codes, lengths), stop="crop").x
+        assert torch.allclose(found.mean(-1), expected.mean(-1), atol=1e-5)
+        assert model.trunk.spec.bin_size == (16 if dataset is labels else 8)
+        assert build_pretrained(config, info) is None
+    with pytest.raises(ModelError, match="no heads"):
+        load_language(tmp_path / "saved", tracks={"": coverage.tracks})
 
 
 @pytest.mark.parametrize(

@@ -75,7 +75,8 @@ class Pretrained:
 
     @cached_property
     def tracks(self) -> TrackTable:
-        return TrackTable.build(self.content["tracks"])
+        listed = self.content["tracks"]
+        return TrackTable.build(listed) if listed else TrackTable.none()
 
     @property
     def trained_on(self) -> Path | None:
@@ -212,7 +213,7 @@ def convert_published(
     """
     report, spec = loaded.report, loaded.trunk.spec
     tables = [head.tracks for head in loaded.heads.values()]
-    tracks = tables[0]
+    tracks = tables[0] if tables else TrackTable.none()
     for more in tables[1:]:
         tracks = tracks.concat(more)
     origin = {"source": source, "revision": revision, "file": report.file.name, "sha256": report.sha256}
@@ -267,7 +268,7 @@ def save_model(
                 building / "trained_on.bed", sep="\t", header=False, index=False
             )
         (building / "card.md").write_text(card)
-        tracks = model.tracks.replace(file=[""] * len(model.tracks)).to_frame()
+        tracks = model.tracks.to_frame().assign(file="")
         write_json(
             building / "model.json",
             {

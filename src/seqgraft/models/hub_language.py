@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from seqgraft.errors import ConfigError, ModelError, Problems
-from seqgraft.models.huggingface import Loaded, find_folder, read_config, read_weights
+from seqgraft.models.huggingface import Loaded, Tracks, find_folder, read_config, read_weights
 from seqgraft.models.language import FAMILIES, Language, pieces
 from seqgraft.models.reading import LoadReport, Place, file_sha256, fill
 from seqgraft.models.tokens import Blocks, Overlapping, Vocabulary
@@ -47,6 +47,7 @@ def load_language(
     species: str | None = None,
     bin_size: int = 16,
     crop: int = 0,
+    tracks: Tracks = None,
 ) -> Loaded:
     """The trunk of a DNA language model from a folder or a hub id; it has no heads.
 
@@ -58,12 +59,15 @@ def load_language(
         species: the token that stands before each sequence, for models that have such tokens (SpeciesLM).
         bin_size: bp per bin of the trunk's output: any.
         crop: bins dropped at each end.
+        tracks: none, because there are no heads.
 
     Raises:
         ConfigError: see ``find_folder``; an unknown species, or none where the model needs one.
         ModelError: files that are missing, truncated or of another model; tensors that do not fit; what is not
             supported, such as rotary positions.
     """
+    if tracks is not None:
+        raise ModelError("a language model has no heads that tracks belong to", sorted(tracks), where="tracks")
     folder = find_folder(source, revision, _FILES)
     config = _read_config(folder)
     family, limit = config["model_type"], config["max_position_embeddings"]

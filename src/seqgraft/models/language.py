@@ -56,6 +56,8 @@ class Language(Trunk):
         ModelError: an unknown family or kind of tokens, or sizes that do not divide.
     """
 
+    any_bin_size = True
+
     def __init__(
         self,
         family: str = "bert",
