@@ -3,7 +3,7 @@
 gReLU reads the window around each variant from a FASTA file, predicts all bins of both alleles, and compares them.
 Here it returns the two predictions uncompared. Its central masks have widths of the window, as ours with ``positions``
 the positions of the window. It sets float32 matrix products to "medium" in the whole process; what was set before is
-set again after each call.
+set again after each call. Its Lightning logs to the working directory, which is a temporary one here.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import io
 import tempfile
 from collections.abc import Sequence
-from contextlib import redirect_stdout
+from contextlib import chdir, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +51,8 @@ class Grelu:
             train_params={"task": "regression", "loss": "mse", "batch_size": 1, "num_workers": 0},
         ).eval()
         weights = {f"embedding.{_name('grelu', ours)}": tensor for ours, tensor in trunk.state_dict().items()}
-        weights |= {f"head.channel_transform.conv.layer.{ours}": tensor for ours, tensor in head.out.state_dict().items()}
+        place = "head.channel_transform.conv.layer"
+        weights |= {f"{place}.{name}": tensor for name, tensor in head.out.state_dict().items()}
         self.model.model.load_state_dict(weights, assign=True)
 
     def __call__(self, codes: Tensor, alternates: Sequence[int]) -> Tensor:
@@ -64,7 +65,7 @@ class Grelu:
         middle = (self.length - 1) // 2
         bases = "".join(_BASES[code] for code in codes.tolist())
         before = torch.get_float32_matmul_precision()
-        with tempfile.TemporaryDirectory() as folder, redirect_stdout(io.StringIO()):
+        with tempfile.TemporaryDirectory() as folder, chdir(folder), redirect_stdout(io.StringIO()):
             fasta = Path(folder) / "genome.fa"
             fasta.write_text(f">chr1\n{bases}\n")
             fasta.with_name("genome.fa.sizes").write_text(f"chr1\t{self.length}\n")

@@ -58,7 +58,7 @@ _NETWORKS = {
 
 @dataclass(frozen=True)
 class Case:
-    """A window length in bp; ``brief`` leaves out what is not one SNV; ``grelu`` beside it, not beside a network's port."""
+    """A window length in bp; ``brief`` leaves out what is not one SNV; ``grelu``: the other side is gReLU."""
 
     network: str
     length: int
@@ -93,16 +93,20 @@ def _compare(case: Case) -> Iterator[str]:
     bins = length // network.bin_size - 2 * crop
     half = max(1, SCORED // network.bin_size // 2)
     scored: Span = bins // 2 - half, bins // 2 + half
-    model, peer = _pair(name, network, crop, bins)
+    model, peer = _pair(case, network, crop, bins)
     recompute = Recompute(model)
     codes = torch.randint(0, 4, (length,), dtype=torch.uint8)
     snv, indel, several = _edited(codes)
+    # What the other side does, how much of it one SNV takes, and the name of that.
+    theirs, share, beside = (
+        ("gReLU's variants", 1 / SAMPLE, "gReLU") if case.grelu else ("peer's pass", 2, "two of the peer's passes")
+    )
     yield f"{name}, {length:,} bp, {network.tracks:,} tracks, {2 * half} of {bins} bins scored, {rounds} rounds"
     yield f"  {recompute.in_words}"
 
     values: dict[str, Any] = {"start": recompute.reference(codes)}
     cases: dict[str, Callable[[], Any]] = {
-        "peer's pass": lambda: peer(one_hot(snv)),
+        theirs: lambda: peer(codes, snv),
         "prefix": lambda: recompute.reference(codes),
         "reference": lambda: recompute.predict_reference(replace(values["start"], after=None), scored),
         "alternate": lambda: recompute.predict(values["start"], snv, [scored]),
@@ -111,26 +115,30 @@ def _compare(case: Case) -> Iterator[str]:
         "mutagenesis": lambda: recompute.predict(values["start"], several, [scored] * len(several)),
     }
     if brief:
-        cases = {what: cases[what] for what in ("peer's pass", "prefix", "reference", "alternate")}
+        kept = [theirs, "prefix", "reference", "alternate", *(["all bins"] if case.grelu else [])]
+        cases = {what: cases[what] for what in kept}
     else:
         plain = Recompute(model, local=False)
         window = plain.reference(codes)
         cases["all again"] = lambda: plain.predict(window, snv)
-    seconds: dict[str, list[float]] = {what: [] for what in cases}
+    seconds: dict[str, list[tuple[float, float]]] = {what: [] for what in cases}
     for turn in range(rounds):
         for what in list(cases) if turn % 2 == 0 else reversed(cases):
-            began = time.process_time()
+            cpu, wall = time.process_time(), time.perf_counter()
             with torch.inference_mode():
                 values[what] = cases[what]()
-            seconds[what].append(time.process_time() - began)
-    yield from _exact(values, scored)
-    took = {what: statistics.median(measured) for what, measured in seconds.items()}
-    yield "  CPU seconds: " + ", ".join(f"{what} {value:.2f}" for what, value in took.items())
-    pair, reference = 2 * took["peer's pass"], took["prefix"] + took["reference"]
+            seconds[what].append((time.process_time() - cpu, time.perf_counter() - wall))
+    yield from _exact(values, theirs, scored)
+    took, waited = (
+        {what: statistics.median(pair[clock] for pair in measured) for what, measured in seconds.items()}
+        for clock in (0, 1)
+    )
+    yield "  CPU s (wall s): " + ", ".join(f"{what} {value:.2f} ({waited[what]:.2f})" for what, value in took.items())
+    pair, reference = share * took[theirs], took["prefix"] + took["reference"]
     shared = reference / SHARING
     for what in [what for what in ("alternate", "all bins", "indel") if what in took]:
         yield (
-            f"  two of the peer's passes / {what:9s} {pair / took[what]:6.2f}x, "
+            f"  {beside} / {what:9s} {pair / took[what]:6.2f}x, "
             f"with a share of a reference of {SHARING} {pair / (took[what] + shared):6.2f}x, "
             f"with a reference of its own {pair / (took[what] + reference):6.2f}x"
         )
@@ -142,7 +150,7 @@ def _compare(case: Case) -> Iterator[str]:
     )
 
 
-def _exact(values: Mapping[str, Tensor], scored: Span) -> Iterator[str]:
+def _exact(values: Mapping[str, Tensor], theirs: str, scored: Span) -> Iterator[str]:
     """Differences, of the largest value: ours from the peer's, and from ours without patches; what the SNV changes."""
 
     def apart(a: Tensor, b: Tensor) -> float:
@@ -150,7 +158,7 @@ def _exact(values: Mapping[str, Tensor], scored: Span) -> Iterator[str]:
 
     there = slice(*scored)
     alternate = values["alternate"]
-    peers = apart(alternate, values["peer's pass"][..., there])
+    peers = apart(alternate, values[theirs][..., there])
     yield f"  alternate: ours - peer {peers:.0e}, alternate - reference {apart(alternate[0], values['reference']):.0e}"
     if "all again" in values:
         whole = values["all again"]
@@ -164,7 +172,7 @@ def _exact(values: Mapping[str, Tensor], scored: Span) -> Iterator[str]:
 
 def _edited(codes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """A substitution in the middle of the window, a deletion there, and substitutions of neighbouring bases."""
-    at = len(codes) // 2
+    at = (len(codes) - 1) // 2  # where gReLU has it
     several = codes.repeat(SAMPLE, 1)
     places = at + torch.arange(SAMPLE) * (MUTAGENESIS // SAMPLE)
     several[torch.arange(SAMPLE), places] = (codes[places] + 1) % 4
@@ -172,10 +180,14 @@ def _edited(codes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return several[:1], torch.cat([codes[:at], codes[at + DELETED :], filled])[None], several
 
 
-def _pair(name: str, network: _Network, crop: int, bins: int) -> tuple[SequenceModel, Peer]:
-    """Ours and the peer, with the same weights, crop and head."""
+def _pair(
+    case: Case, network: _Network, crop: int, bins: int
+) -> tuple[SequenceModel, Callable[[Tensor, Tensor], Tensor]]:
+    """Ours, and what predicts a window's SNV in the peer, with the same weights, crop and head."""
     torch.manual_seed(0)
-    trunk = network.trunk.build(SETTINGS[name], bin_size=network.bin_size, crop=crop)
+    name = case.network
+    settings = {**SETTINGS[name], **({"positions": case.length // 128} if case.grelu else {})}
+    trunk = network.trunk.build(settings, bin_size=network.bin_size, crop=crop)
     uncropped = nn.Sequential(*(stage for stage_name, stage in trunk.stages.items() if stage_name != "crop"))
     norms = [module for module in trunk.modules() if isinstance(module, nn.BatchNorm1d)]
     for norm in norms:
@@ -184,9 +196,18 @@ def _pair(name: str, network: _Network, crop: int, bins: int) -> tuple[SequenceM
         uncropped.train()(trunk.encode(torch.randint(0, 4, (2, CALIBRATED), dtype=torch.uint8)))
     table = TrackTable.build({"name": f"track{i}", "group": "head", "link": "identity"} for i in range(network.tracks))
     model = SequenceModel(trunk, {"head": Head(table, trunk.spec.channels)}, table).eval()
+    if case.grelu:
+        scorer = Grelu(trunk, model.heads["head"], case.length, crop)  # type: ignore[arg-type]
+        return model, lambda codes, snv: scorer(codes, _substitutes(codes, snv))[:1, 1]
     peer = peer_of(name, trunk, network.tracks)
     assert peer.head is not None
     peer.head.load_state_dict(model.heads["head"].out.state_dict(), assign=True)  # type: ignore[union-attr]
     place: Any = peer.net
     (place.crop if name == "borzoi" else place.crop_final).target_length = bins
-    return model, peer
+    return model, lambda _, snv: peer(one_hot(snv))
+
+
+def _substitutes(codes: Tensor, snv: Tensor) -> list[int]:
+    """``SAMPLE`` alternates of the SNV's base, its own first."""
+    own, reference = (int(each[(len(codes) - 1) // 2]) for each in (snv[0], codes))
+    return [own, *(base for base in range(4) if base not in (own, reference))][:SAMPLE]

@@ -42,6 +42,7 @@ from seqgraft.genome import Interval
 from seqgraft.logos import attribution_figure, strongest_stretch
 from seqgraft.models.base import Head, SequenceModel, Trunk
 from seqgraft.models.baskerville import load_baskerville
+from seqgraft.models.wrap import ModuleSpec, wrap
 from seqgraft.plain import Elementwise, plain_module
 from seqgraft.regions import regions_for_prediction
 from seqgraft.run import fit_run, open_run
@@ -410,6 +411,18 @@ def test_deep_lift_adds_up(name: str) -> None:
     assert abs(delta) < 1e-5 + 1e-3 * abs(difference)
 
 
+class Causal(nn.Module):
+    """Attention with a mask that is an argument, which the modules of a plain module do not know."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Conv1d(4, 8, 16, stride=16)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = 5 * self.embed(x).transpose(1, 2)
+        return nn.functional.scaled_dot_product_attention(x, x, x, is_causal=True).transpose(1, 2)
+
+
 def test_a_plain_module_says_what_it_cannot(tmp_path: Path) -> None:
     model = model_of(settled_trunk())
     plain = plain_module(model, INFO)
@@ -421,6 +434,8 @@ def test_a_plain_module_says_what_it_cannot(tmp_path: Path) -> None:
     pooled = plain_module(model_of(settled_trunk(crop=0), labels.tracks, "max"), replace(labels.info, window=128))
     with pytest.raises(ModelError, match="something new"):
         pooled(one_hot(256).requires_grad_())
+    with pytest.raises(ModelError, match="as modules, do not give what it computes"):
+        plain_module(model_of(wrap(Causal(), ModuleSpec("causal", channels=8, bin_size=16))), INFO)
     tracks = labels.tracks
     heads = {"label": Head(tracks, 16, "mean", covariates=2)}
     with pytest.raises(ModelError, match="covariates"):
@@ -581,8 +596,9 @@ def test_nothing_in_a_figure_overlaps(width: int, start: int, method: str) -> No
         assert 0 <= box.y0 <= box.y1 <= figure.bbox.height, text
         assert not [other for other, its in boxes[:i] if its.overlaps(box)], text
     there = np.where(codes < 4, hypothetical[np.minimum(codes, 3), np.arange(width)], 0)
-    first, last = strongest_stretch(there, 12)
-    best = max(np.abs(there[at : at + 12]).sum() for at in range(max(1, width - 11)))
+    shown, stop = strongest_stretch(there, 80)
+    first, last = (shown + at for at in strongest_stretch(there[shown:stop], 12))  # a place whose letters are shown
+    best = max(np.abs(there[at : at + 12]).sum() for at in range(shown, max(shown + 1, stop - 11)))
     assert np.abs(there[first:last]).sum() == pytest.approx(best)
     place = f"chr12:{start + first + 1:,}-{start + last:,}" if start > 99 else f"positions {first + 1} to {last}"
     share = np.abs(there[first:last]).sum() / np.abs(there).sum()

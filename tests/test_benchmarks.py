@@ -13,12 +13,15 @@ from types import ModuleType
 
 import benchmarks
 import pytest
-from benchmarks import _children, _peers, cache, trunk
+from benchmarks import _children, _grelu, _peers, cache, trunk
 
+from seqgraft.models.base import Head
 from seqgraft.models.folders import TRUNKS
 from seqgraft.models.weights import ModelConfig
+from seqgraft.tracks import TrackTable
 
 ROOT = Path(__file__).parent.parent
+TRACKS = TrackTable.build([{"name": "track", "group": "head", "link": "identity"}])
 TINY = {
     "borzoi": {"stem": 16, "tower": [16, 16, 16, 16, 24, 24], "blocks": 1, "heads": 2, "key_size": 4, "final": 24},
     "enformer": {"channels": 96, "depth": 1, "heads": 2, "key_size": 4, "divisible_by": 4},
@@ -69,15 +72,17 @@ def test_the_other_packages_are_asked_for_by_their_names(network: str, monkeypat
     monkeypatch.setattr(importlib, "import_module", without)
     with pytest.raises(SystemExit, match=f"{network}_pytorch.*pip install borzoi-pytorch enformer-pytorch"):
         _peers.peer_of(network, TRUNKS[network](**TINY[network]))
+    with pytest.raises(SystemExit, match=r"grelu\.lightning.*pip install gReLU"):
+        _grelu.Grelu(TRUNKS["borzoi"](**TINY["borzoi"]), Head(TRACKS, TINY["borzoi"]["final"]), 1024, 0)
 
 
-@pytest.mark.parametrize("network", ["borzoi", "enformer"])
-def test_every_tensor_has_a_name_there(network: str) -> None:
+@pytest.mark.parametrize(("network", "package"), [("borzoi", "borzoi"), ("enformer", "enformer"), ("borzoi", "grelu")])
+def test_every_tensor_has_a_name_there(network: str, package: str) -> None:
     """A full-size trunk without memory for its weights: no two of its tensors become one."""
     import torch
 
     with torch.device("meta"):
         names = list(TRUNKS[network]().state_dict())
-    theirs = [_peers._name(network, name) for name in names]
+    theirs = [_peers._name(package, name) for name in names]
     assert len(set(theirs)) == len(names)
     assert all("stages" not in name for name in theirs)

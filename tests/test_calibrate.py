@@ -222,9 +222,11 @@ def test_few_fall_back_and_are_said(tmp_path: Path) -> None:
 
 def test_a_background_that_is_too_small(root: Path, tmp_path: Path) -> None:
     shutil.copytree(root / "run", tmp_path / "run")
-    with pytest.raises(DataError, match="no type of allele has enough"):
-        calibrate_run(tmp_path / "run", root / "in.vcf", CONFIG)
-    assert not list((tmp_path / "run" / "calibration").glob("*.json"))
+    for background in (root / "in.vcf", 90):
+        with pytest.raises(DataError, match="the background: no type of allele has enough"):
+            calibrate_run(tmp_path / "run", background, CONFIG)
+        assert not list((tmp_path / "run" / "calibration").iterdir())
+    assert (root / "in.vcf").exists()
 
 
 def test_the_commands(root: Path, tmp_path: Path) -> None:

@@ -252,6 +252,11 @@ def test_models_prints_lists_and_cards(folder: Path) -> None:
     card = CliRunner().invoke(app, ["models", str(folder / "model")])
     assert card.exit_code == 0
     assert card.output.rstrip() == model_card(facts_of(str(folder / "model"))).rstrip()
-    for name, message in (("nothing", "no such model"), ("convnet", "no card before it is trained")):
+    cases = {
+        "nothing": "no such model",
+        "convnet": "no card before it is trained",
+        "owner/name": "nothing is known of a hub id.*seqgraft convert",
+    }
+    for name, message in cases.items():
         with pytest.raises(ConfigError, match=message):
             facts_of(name)

@@ -455,7 +455,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "words": (_config(depth="two", output_heads=[1]), "not whole numbers.*depth.*output_heads"),
     "convnext": (_config(use_convnext=True), "ConvNeXt"),
     "another size": (_config(depth=3), "missing.*transformer.2"),
-    "gamma unsaid": (_config(use_tf_gamma=None), "does not say which gamma.*tensorflow_gamma=True"),
+    "gamma unsaid": (_config(use_tf_gamma=None), 'does not say which gamma.*"use_tf_gamma": true.*tensorflow_gamma'),
     "crop": (_config(target_length=33), "cropped evenly to: 33"),
 }
 

@@ -236,6 +236,11 @@ def _truncate(folder: Path) -> None:
     (folder / "model.safetensors").write_bytes(whole[: len(whole) // 2])
 
 
+def _folder_for_file(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors").mkdir()
+
+
 def _drop(tensors: dict[str, Tensor]) -> None:
     del tensors["transformer.1.0.fn.1.to_q.weight"]
     tensors["surplus"] = torch.zeros(1)
@@ -247,6 +252,11 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda folder: _change(folder, _drop),
         r"(?s)missing.*1.0.fn.1.to_q.weight.*unexpected.*surplus.*misshapen.*conv0.conv_layer.bias: \(3,\) instead",
     ),
+    "whole numbers": (
+        lambda folder: _change(folder, lambda t: t.update({"mouse_head.bias": t["mouse_head.bias"].int()})),
+        "another type.*mouse_head.bias.*torch.int32.*float16",
+    ),
+    "a folder": (_folder_for_file, "weights are missing.*model.safetensors"),
     "no convolution": (
         lambda folder: _change(folder, lambda t: t.pop("unet1.1.conv_layer.weight")),  # type: ignore[arg-type, return-value]
         "lack convolutions.*unet1.1",
@@ -322,6 +332,9 @@ def test_a_hub_id_is_a_model_name(cached: Path, tmp_path: Path, monkeypatch: pyt
     )
     assert licence_of("some/model") == "not stated: see the repository some/model"
     assert licence_of("/some/folder") == "not stated"
+    (tmp_path / "owner" / "name").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert licence_of("owner/name") == "not stated"  # a folder, however its path is written
     expected = load_borzoi(cached / "snapshots" / COMMIT)
 
     monkeypatch.setattr(folders, "load_published", None)  # converted once, and never read again
@@ -400,6 +413,10 @@ def test_convert_says_what_is_wrong(cached: Path, tmp_path: Path) -> None:
         ((source, tmp_path / "b", *named, "--targets", f"mouse={tmp_path / 'none.txt'}"), DataError, "does not exist"),
         (("johahi/flashzoi-replicate-0", tmp_path / "c", *named), ConfigError, "needs the commit"),
         ((tmp_path / "x.h5", tmp_path / "d", *named, "--trained-on", source), ConfigError, "--params"),
+        ((tmp_path / "x.h5", tmp_path / "d", *named, "--params", "p", "--revision", COMMIT), ConfigError, "--revision"),
+        ((source, tmp_path / "d", *named, "--revision", COMMIT), ConfigError, "only a hub id has a revision"),
+        ((source, tmp_path / "d", *named, "--params", source), ConfigError, "for a Keras file"),
+        ((source, tmp_path / "d", *named, "--citation", "x"), ConfigError, "for a Keras file"),
     ]
     for arguments, kind, message in cases:
         code, error, _ = convert(*arguments)

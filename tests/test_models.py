@@ -502,6 +502,10 @@ def damage(folder: Path, what: str) -> None:
         del content["tracks"]
     elif what == "settings":
         content["settings"]["colour"] = 3
+    elif what == "value":
+        content["settings"]["channels"] = "x"
+    elif what in ("window", "heads"):
+        content[what] = ["x"]
     save_file(tensors, weights)
     description.write_text("[]" if what == "list" else "{" if what == "json" else json.dumps(content))
     if what == "truncated":
@@ -524,7 +528,10 @@ def damage(folder: Path, what: str) -> None:
         ("architecture", ModelError, r"unknown architecture: 'resnet'. Known are \['borzoi', 'convnet'"),
         ("version", ConfigError, "format or version"),
         ("entry", ConfigError, r"lacks entries: \['tracks'\]"),
-        ("settings", ConfigError, "does not take these settings"),
+        ("settings", ConfigError, r"architecture does not take: \{'colour': 3\}"),
+        ("value", ConfigError, r"architecture does not take: \{'channels': 'x'\}"),
+        ("window", ConfigError, r"values of another kind: \{'window': \['x'\]\}"),
+        ("heads", ConfigError, r"values of another kind: \{'heads': \['x'\]\}"),
         ("list", ConfigError, "does not describe a model"),
         ("json", ConfigError, "not valid JSON"),
         ("truncated", ModelError, "cannot be read"),

@@ -234,6 +234,10 @@ def test_what_cannot_be_screened(model: SequenceModel, layout: Layout, tmp_path:
         screen(model, layout, ScreenConfig(), bed, tmp_path / "s.parquet")
     assert not list(tmp_path.glob("*.part"))
     assert not (tmp_path / "s.parquet").exists()
+    bed.write_text("chr1\t100\t200\nchr1\t5900\t6010\n")
+    with pytest.raises(DataError, match="reaches beyond its chromosome: 'chr1:5900-6010'"):
+        screen(model, layout, ScreenConfig(), bed, tmp_path / "s.parquet")
+    assert [path.name for path in tmp_path.iterdir()] == ["r.bed"]
     with pytest.raises(ConfigError, match=r"End its name in \.parquet"):
         screen(model, layout, ScreenConfig(), bed, tmp_path / "s.csv")
     encoded = model.trunk.encode

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import multiprocessing
 import os
@@ -444,8 +445,63 @@ def test_a_vcf_of_scores(runs: Path, run: Run, source: Path, tmp_path: Path) -> 
     assert len(records[10].info["difference"]) == 2
     assert records[39].info["log2_fold_change"][1] == "."
     assert "difference" not in records[40].info
+    with pytest.raises(DataError, match="does not exist"):
+        score_run(runs / "coverage", tmp_path / "no.vcf", tmp_path / "no.vcf.gz", CONFIG)
     with pytest.raises(DataError, match=r"INFO fields of these scorers already: \['difference', 'log2_fold_change'\]"):
         score_run(runs / "coverage", out, tmp_path / "again.vcf.gz", allowed)
+
+
+def test_a_vcf_with_odd_letters(runs: Path, source: Path, tmp_path: Path) -> None:
+    """A form feed or a Unicode line end ends no line."""
+    text = source.read_text().replace("X=3\n", "X=3;Y=a\u2028b\n")
+    source.write_text(text.replace("\n", '\n##INFO=<ID=Y,Number=1,Type=String,Description="a\x0cb">\n', 1))
+    score_run(runs / "coverage", source, tmp_path / "odd.vcf.gz", CONFIG)
+    records = records_of(tmp_path / "odd.vcf.gz")
+    assert len(records) == 40
+    assert sum("Y=a\u2028b;difference=" in line for line in records) == 1
+
+
+def records_of(path: Path) -> list[str]:
+    return [line for line in gzip.decompress(path.read_bytes()).decode().split("\n") if line and line[0] != "#"]
+
+
+@pytest.mark.parametrize("kept", ["its index", "the index of another"])
+def test_the_index_is_that_of_the_output(
+    kept: str, runs: Path, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A kill between the two renames loses no index; one that was left beside an unsorted output is no index of it."""
+    out = tmp_path / "effects.vcf.gz"
+    index = tmp_path / "effects.vcf.gz.tbi"
+    if kept == "its index":
+        replaced, made = os.replace, []
+
+        def killed(old: Path, new: Path) -> None:
+            replaced(old, new)
+            made.append(Path(new).name)
+            if {out.name, index.name} & set(made):
+                raise KeyboardInterrupt
+
+        monkeypatch.setattr(os, "replace", killed)
+        with pytest.raises(KeyboardInterrupt):
+            score_run(runs / "coverage", source, out, CONFIG)
+        monkeypatch.setattr(os, "replace", replaced)
+        done = score_run(runs / "coverage", source, out, CONFIG, resume=True)
+        assert done.files[:2] == (out, index)
+    else:
+        lines = source.read_text().splitlines()
+        source.write_text(
+            "\n".join([*(x for x in lines if x[0] == "#"), *(x for x in lines[::-1] if x[0] != "#")]) + "\n"
+        )
+        index.write_text("of an output that was removed")
+        done = score_run(runs / "coverage", source, out, CONFIG)
+        assert index not in done.files
+        assert not index.exists()
+
+
+def test_intervals_beyond_their_chromosome(layout: Layout, tmp_path: Path) -> None:
+    (tmp_path / "r.bed").write_text("chr1\t100\t200\nchr1\t9999900\t9999990\n")
+    with pytest.raises(DataError, match=r"reaches beyond its chromosome: 'chr1:9999900-9999990'"):
+        Regions(tmp_path / "r.bed").sites(layout)
 
 
 def test_shards_and_chunks_make_the_same_table(runs: Path, source: Path, tmp_path: Path) -> None:

@@ -349,6 +349,13 @@ def test_what_does_not_fit_is_found(module: nn.Module, message: str) -> None:
         wrap(module, ModuleSpec("bad", 16))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_weights_of_another_type_are_told(dtype: torch.dtype) -> None:
+    module = nn.Sequential(nn.Conv1d(4, 8, 3, padding=1), nn.MaxPool1d(4)).to(dtype)
+    with pytest.raises(ModelError, match=rf"weights that are not float32: \['{dtype}'\].*module\.float"):
+        wrap(module, ModuleSpec("typed", 8, 4))
+
+
 def test_specs_that_cannot_be() -> None:
     for settings in ({"channels": 0}, {"bin_size": 0}, {"drops": -1}, {"bin_size": 8, "stride": 12}, {"window": 0}):
         with pytest.raises(ModelError):

@@ -23,7 +23,7 @@ from seqgraft.models import hub_borzoi, hub_enformer
 from seqgraft.models.base import Head, SequenceModel, Trunk, trainable_state
 from seqgraft.models.borzoi import FLASHZOI
 from seqgraft.models.folders import TRUNKS, Pretrained, bundled_models, find_model
-from seqgraft.models.hub import licence_of
+from seqgraft.models.hub import is_hub_id, licence_of
 from seqgraft.objectives import Elementwise
 from seqgraft.predict import Precision
 from seqgraft.progress import progress
@@ -144,6 +144,9 @@ def facts_of(name: str) -> ModelFacts:
     """
     if name in PUBLISHED:
         return PUBLISHED[name]
+    if is_hub_id(name) and not (Path(name) / "model.json").exists():
+        remedy = f"Named can be {', '.join(PUBLISHED)}; of others, the folder that 'seqgraft convert' writes"
+        raise ConfigError("there is no such folder, and nothing is known of a hub id of this name", name, remedy=remedy)
     found = find_model(name)
     if found is None:
         remedy = f"Name a model: {', '.join([*bundled_models(), *PUBLISHED])}, or a model folder"

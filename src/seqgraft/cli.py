@@ -76,6 +76,8 @@ def prepare(
     for name, note in dataset.info.notes.items():
         if note:
             text = duplicates_in_words(note) if name == "duplicates" else note
+            if isinstance(text, dict):
+                text = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in text.items() if key != "files")
             _say(f"  {name.replace('_', ' ')}: {text}")
 
 
@@ -374,9 +376,10 @@ def convert(
         if params is None:
             remedy = "Pass --params params.json, which lies beside the weights"
             raise ConfigError("the file of weights does not say how the network is built", source, remedy=remedy)
-        if trained_on is not None or set(tables) - {""}:
+        if trained_on is not None or revision is not None or set(tables) - {""}:
             remedy = "Set model.trained_on where the model is used, and give one table without a name"
-            raise ConfigError("a Keras file takes neither --trained-on nor tables of heads", source, remedy=remedy)
+            what = "a Keras file takes no --trained-on, --revision or tables of heads"
+            raise ConfigError(what, source, remedy=remedy)
         report = convert_baskerville(
             source, params, out, tables.get(""), name=name, licence=licence or "not stated", citation=citation
         )
@@ -384,6 +387,9 @@ def convert(
         from seqgraft.models.folders import convert_published
         from seqgraft.models.hub import licence_of, load_published, regions_of
 
+        if params is not None or citation:
+            what, remedy = "--params and --citation are for a Keras file (.h5)", "Leave them out: they are known here"
+            raise ConfigError(what, source, where="convert", remedy=remedy)
         loaded = load_published(source, revision=revision, targets=tables)
         report = loaded.report
         seen = None if trained_on is None else regions_of(loaded, trained_on)

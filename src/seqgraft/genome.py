@@ -30,6 +30,7 @@ __all__ = [
     "cache_folder",
     "match_chroms",
     "read_bed",
+    "read_bed_on",
     "read_bed_table",
     "read_gtf",
     "read_vcf",
@@ -185,21 +186,22 @@ def match_chroms(
             is not only "chr" that is in the way.
 
     Raises:
-        DataError: names the first one that is not, and how to rename it if only "chr" is in the way.
+        DataError: names the first one that is not, and how to rename all of those that only "chr" keeps apart.
     """
     chroms = genome.chroms if isinstance(genome, Genome) else genome
     names = list(names)
     if more and any(name in chroms for name in names):
         names = [name for name in names if {name.removeprefix("chr"), f"chr{name}"} & chroms.keys()]
-    for name in names:
-        if name in chroms:
-            continue
-        twin = name.removeprefix("chr") if name.startswith("chr") else f"chr{name}"
-        some = ", ".join(list(chroms)[:5]) + (", ..." if len(chroms) > 5 else "")
-        remedy = f"Use names that match the FASTA ({some})"
-        if twin in chroms:
-            remedy = f"The FASTA has {twin!r}: use names that match the FASTA, or pass rename: {{{name!r}: {twin!r}}}"
-        raise DataError("the genome has no chromosome", name, where=where, remedy=remedy)
+    absent = [name for name in dict.fromkeys(names) if name not in chroms]
+    if not absent:
+        return
+    some = ", ".join(list(chroms)[:5]) + (", ..." if len(chroms) > 5 else "")
+    remedy = f"Use names that match the FASTA ({some})"
+    twins = {name: name.removeprefix("chr") if name.startswith("chr") else f"chr{name}" for name in absent}
+    if twins[absent[0]] in chroms:
+        pairs = ", ".join(f"{name!r}: {twin!r}" for name, twin in twins.items() if twin in chroms)
+        remedy = f"The FASTA has {twins[absent[0]]!r}: use names that match the FASTA, or pass rename: {{{pairs}}}"
+    raise DataError("the genome has no chromosome", absent[0], where=where, remedy=remedy)
 
 
 def cache_folder() -> Path:
@@ -391,6 +393,23 @@ def read_bed_table(path: Path | str) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["chrom", "start", "end", "name", "score", "strand"])
 
 
+def read_bed_on(path: Path | str, genome: Genome) -> pd.DataFrame:
+    """:func:`read_bed_table` of intervals that lie on a genome.
+
+    Raises:
+        DataError: as there; chromosomes that the genome lacks; intervals beyond a chromosome's end, all at once.
+    """
+    table, problems = read_bed_table(path), Problems(DataError)
+    match_chroms(table["chrom"].unique(), genome, path)
+    outside = table["end"] > table["chrom"].map(genome.chroms)
+    for row in table[outside].itertuples():
+        place = f"{row.chrom}:{row.start}-{row.end}"
+        remedy = f"{row.chrom} has {genome.chroms[str(row.chrom)]} bp; is it the same assembly?"
+        problems.add("the interval reaches beyond its chromosome", place, where=path, remedy=remedy)
+    problems.raise_if_any()
+    return table
+
+
 def read_bed(path: Path | str) -> list[Interval]:
     """The intervals of a BED file in file order; errors as :func:`read_bed_table`."""
     table = read_bed_table(path)
@@ -409,7 +428,7 @@ def _text_lines(path: Path) -> Iterator[str]:
         raise DataError("the file does not exist", where=path, remedy="Check the path")
     try:
         for text in _read_lines(path, 1 << 22):
-            yield from text.decode().splitlines()
+            yield from (line.decode() for line in text.splitlines())  # not at form feeds, as of str
     except UnicodeDecodeError as error:
         raise DataError("the file is not text", where=path, remedy="Give a plain or gzipped text file") from error
 
@@ -498,6 +517,9 @@ def read_vcf_rows(path: Path | str) -> Iterator[tuple[int, int, Variant]]:
                 for allele, alt in enumerate(record.alts or (".",), start=1):
                     yield row, allele, Variant(chrom, position, ref, alt, name)
                 last = f"{chrom}:{position}"
+    except NotImplementedError as error:  # pysam's word for it
+        remedy = "Decompress it, or compress it with bgzip"
+        raise DataError("the VCF file is gzipped, but not with bgzip", where=path, remedy=remedy) from error
     except (OSError, ValueError) as error:
         remedy = f"It may be truncated or not VCF; look after {last}"
         raise DataError(f"the VCF file cannot be read ({error})", where=path, remedy=remedy) from error

@@ -59,7 +59,7 @@ def attribution_figure(
     first, last = strongest_stretch(there, STRETCH)
     whole = len(codes) <= STRETCH
     heights = [1.5, 0.95] if whole else [1.0, 1.5, 0.95]
-    title = "\n".join(textwrap.wrap(_finding(there, chrom, start, name), 95))
+    title = "\n".join(textwrap.wrap(_finding(there, (first, last), chrom, start, name), 95))
     above = 0.5 + 0.2 * title.count("\n")
     gaps = [0.5] * (len(heights) - 2) + [0.12, 0.62]  # the logo and the heat map share their positions
     total = sum(heights) + above + sum(gaps)
@@ -100,8 +100,9 @@ def save_figure(figure: Figure, path: Path) -> None:
         figure.savefig(path, dpi=150, facecolor="white", metadata={"Date": None} if path.suffix == ".svg" else None)
 
 
-def _finding(attributions: Floats, chrom: str, start: int, name: str) -> str:
-    first, last = strongest_stretch(attributions, _SITE)
+def _finding(attributions: Floats, shown: tuple[int, int], chrom: str, start: int, name: str) -> str:
+    """The strongest site of the stretch whose letters are shown, so that it can be seen."""
+    first, last = (shown[0] + at for at in strongest_stretch(attributions[slice(*shown)], _SITE))
     total = np.abs(attributions).sum()
     share = np.abs(attributions[first:last]).sum() / total if total > 0 else 0.0
     place = f"{chrom}:{start + first + 1:,}-{start + last:,}" if chrom else f"positions {first + 1} to {last}"

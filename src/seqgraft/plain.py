@@ -66,7 +66,7 @@ def plain_module(
 
     Raises:
         ConfigError: as :meth:`Target.reader`.
-        ModelError: the model needs more than the sequence.
+        ModelError: the model needs more than the sequence, or computes something that modules do not give.
     """
     if any(getattr(head, "covariates", None) is not None for head in model.heads.values()):
         remedy = "Fit a run without covariates"
@@ -104,12 +104,23 @@ class PlainModule(nn.Module):
         return super().train(False)
 
     def meet(self, length: int) -> None:
-        """Makes the modules of the activations, on a random sequence of this length."""
+        """Makes the modules of the activations, on a random sequence of this length.
+
+        Raises:
+            ModelError: with them the numbers are others, as with a mask or an argument that they do not know.
+        """
         device = next(self.model.parameters()).device
-        x = nn.functional.one_hot(torch.arange(length, device=device) % 4, 4).T[None].float()
+        codes = torch.randint(0, 4, (length,), generator=torch.Generator().manual_seed(0)).to(device)
+        x = nn.functional.one_hot(codes, 4).T[None].float()
+        products = self.matmul, self.mul
+        self.matmul = self.mul = None  # what they give is the caller's
         self._meeting = True
-        self(x.requires_grad_())
+        found = self(x.requires_grad_())
         self._meeting = False
+        self.matmul, self.mul = products
+        if not torch.allclose(found, self._numbers(x), rtol=1e-3, atol=1e-5, equal_nan=True):
+            remedy = "Use seqgraft's own attributions, which call the model as it is"
+            raise ModelError("the model's activations, as modules, do not give what it computes", remedy=remedy)
 
     def activation(self, kind: type[nn.Module], *args: Any) -> nn.Module:
         """The one module of this kind and these settings."""
@@ -124,9 +135,12 @@ class PlainModule(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """One-hot ``(batch, 4, length)`` to ``(batch, numbers)``."""
         with _AsModules(self):
-            values = self.model.read(self.model.trunk.run(_first(x, self.model.trunk.stride)), _nothing(x))
-            if self.reader.statistic != "logits":
-                values = self.unsquash(self.model.link(values))
+            return self._numbers(x)
+
+    def _numbers(self, x: Tensor) -> Tensor:
+        values = self.model.read(self.model.trunk.run(_first(x, self.model.trunk.stride)), _nothing(x))
+        if self.reader.statistic != "logits":
+            values = self.unsquash(self.model.link(values))
         values = values if self.bins is None else values[..., self.bins]
         return self.reader(values, torch.ones_like(values[0, 0]), self.log)
 

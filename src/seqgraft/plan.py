@@ -75,7 +75,7 @@ def plan_run(experiment: Experiment, folder: Path | None = None, memory: int | N
 
     Args:
         folder: where the run would be written; checked for room.
-        memory: bytes of a card that may not be here; None for this machine. For a card, no step is run here.
+        memory: bytes of a card that may not be here: does the batch fit it? What a step takes is what it takes here.
     """
     problems: list[SeqgraftError] = []
     facts: dict[str, str] = {}

@@ -15,7 +15,7 @@ import pandas as pd
 from seqgraft.data.dataset import Dataset, DatasetInfo
 from seqgraft.data.tables import fasta_records
 from seqgraft.errors import ConfigError, DataError, Problems
-from seqgraft.genome import Genome, match_chroms, read_bed_table
+from seqgraft.genome import Genome, read_bed_on
 from seqgraft.sequence import PAD, Codes, encode
 from seqgraft.tracks import TrackTable
 
@@ -81,15 +81,7 @@ def _of_bed(path: Path, info: DatasetInfo, tracks: TrackTable, genome: Genome) -
         raise ConfigError(
             "the model takes sequences of any length, so intervals have no window", where=path, remedy=remedy
         )
-    table = read_bed_table(path)
-    match_chroms(table["chrom"].unique(), genome, path)
-    problems = Problems(DataError)
-    outside = table["end"] > table["chrom"].map(genome.chroms)
-    for row in table[outside].itertuples():
-        place = f"{row.chrom}:{row.start}-{row.end}"
-        remedy = f"{row.chrom} has {genome.chroms[str(row.chrom)]} bp; is it the same assembly?"
-        problems.add("the interval reaches beyond its chromosome", place, where=path, remedy=remedy)
-    problems.raise_if_any()
+    table = read_bed_on(path, genome)
     length = info.bins * info.bin_size
     start = table["start"] + (table["end"] - table["start"] - length) // 2  # as Interval.resize
     strand = table["strand"] if info.kind == "labelled" else "."

@@ -154,7 +154,7 @@ class Seen:
         for chrom, end in self.ends.items():
             size = genome.chroms.get(rename.get(chrom, chrom), end)
             if end > size:
-                remedy = f"The regions are of {self.assembly or 'another assembly'}; is {genome.path} too?"
+                remedy = f"The regions are of {self.assembly or 'another assembly'}: check that {genome.path} is too"
                 what = f"a region ends beyond {chrom} of the genome ({size} bp)"
                 raise DataError(what, f"{chrom}:{end}", where=where, remedy=remedy)
         return self.regions.assign(chrom=self.regions["chrom"].replace(dict(rename)))

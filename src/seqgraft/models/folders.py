@@ -47,11 +47,24 @@ __all__ = [
     "bundled_models",
     "convert_published",
     "find_model",
+    "is_like",
     "register",
     "save_model",
 ]
 
 FORMAT_VERSION = 1
+#: What model.json has at least -> its type.
+_ENTRIES: Mapping[str, type] = {
+    "name": str,
+    "architecture": str,
+    "settings": dict,
+    "bin_size": int,
+    "window": int,
+    "bins": int,
+    "heads": dict,
+    "tracks": list,
+    "weights_sha256": str,
+}
 
 #: Architecture -> class. A new trunk is registered here, and the contract tests find it.
 TRUNKS: dict[str, type[Trunk]] = {"convnet": ConvNet, "borzoi": Borzoi, "enformer": Enformer, "language": Language}
@@ -140,6 +153,15 @@ def _converted(name: str, revision: str | None) -> Path:
     return folder
 
 
+def is_like(value: object, default: object) -> bool:
+    """Whether a setting of an architecture is of the type of its default; whole numbers are fractions too."""
+    if isinstance(default, list | tuple):
+        return isinstance(value, list | tuple) and all(is_like(inner, each) for inner in value for each in default[:1])
+    if isinstance(default, float):
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    return default is None or type(value) is type(default)
+
+
 def _read_folder(folder: Path) -> Pretrained:
     path = folder / "model.json"
     try:
@@ -155,9 +177,14 @@ def _read_folder(folder: Path) -> Pretrained:
             content.get("format_version"),
             where=path,
         )
-    needed = ("name", "architecture", "settings", "bin_size", "heads", "tracks", "weights_sha256")
-    if absent := [key for key in needed if key not in content]:
-        raise ConfigError("the model's description lacks entries", absent, where=path, remedy="Copy the folder again")
+    again = "Copy the folder again"
+    if absent := [key for key in _ENTRIES if key not in content]:
+        raise ConfigError("the model's description lacks entries", absent, where=path, remedy=again)
+    wrong = {key: content[key] for key, kind in _ENTRIES.items() if type(content[key]) is not kind}
+    if not wrong and not all(isinstance(names, list) for names in content["heads"].values()):
+        wrong = {"heads": content["heads"]}
+    if wrong:
+        raise ConfigError("these entries have values of another kind", wrong, where=path, remedy=again)
     if content["architecture"] not in TRUNKS:
         raise ModelError(
             "the model has an unknown architecture",
@@ -165,6 +192,11 @@ def _read_folder(folder: Path) -> Pretrained:
             where=path,
             remedy=f"Known are {sorted(TRUNKS)}; register a module of your own first",
         )
+    defaults, settings = TRUNKS[content["architecture"]].defaults(), content["settings"]
+    odd = {k: value for k, value in settings.items() if k not in defaults or not is_like(value, defaults[k])}
+    if odd:
+        remedy = f"The architecture takes {', '.join(defaults)}: copy the folder again"
+        raise ConfigError("settings that the model's architecture does not take", odd, where=path, remedy=remedy)
     return Pretrained(folder, content)
 
 

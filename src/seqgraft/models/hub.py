@@ -33,7 +33,8 @@ _LICENCES = {
 
 def licence_of(source: str) -> str:
     """The licence of published weights, where it is known."""
-    unknown = f"not stated: see the repository {source}" if is_hub_id(source) else "not stated"
+    is_repository = is_hub_id(source) and not Path(source).is_dir()
+    unknown = f"not stated: see the repository {source}" if is_repository else "not stated"
     return _LICENCES.get(source, unknown)
 
 
@@ -55,7 +56,7 @@ def load_published(source: str, *, revision: str | None = None, targets: Mapping
             order of squashing, in which the published networks were trained.
 
     Raises:
-        ConfigError: a hub id without a commit.
+        ConfigError: see ``find_folder``.
         DataError: a table of tracks that cannot be read.
         ModelError: files that are missing, truncated or of another model; tensors or tables that do not fit.
     """

@@ -133,7 +133,10 @@ def _read_config(folder: Path) -> dict[str, Any]:
         if not (type(config[key]) is type(default) or (isinstance(default, float) and type(config[key]) is int))
     }
     if wrong:
-        raise ModelError("these entries have values of another kind", wrong, where=folder / "config.json")
+        expected = {key: _DEFAULTS[key] for key in wrong}
+        remedy = f"Copy the file again; values are such as {expected}"
+        what = "these entries have values of another kind"
+        raise ModelError(what, wrong, where=folder / "config.json", remedy=remedy)
     if config["heads"] < 1 or config["dim"] % config["heads"]:
         what = "dim must be a multiple of heads"
         raise ModelError(what, (config["dim"], config["heads"]), where=folder / "config.json")

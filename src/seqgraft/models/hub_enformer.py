@@ -98,7 +98,8 @@ def load_enformer(
         raise ModelError(
             "config.json does not say which gamma features the weights were trained with (use_tf_gamma)",
             where=folder,
-            remedy=f"Pass tensorflow_gamma=True for copies of {PUBLISHED}, False for weights of enformer-pytorch's own",
+            remedy=f'Add "use_tf_gamma": true to it for copies of {PUBLISHED}, false for weights of '
+            "enformer-pytorch's own, or pass tensorflow_gamma",
         )
     bins = config["target_length"] if config["target_length"] != -1 else positions
     crop, odd = divmod(positions - bins, 2)

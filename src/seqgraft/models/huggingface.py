@@ -64,10 +64,13 @@ def find_folder(source: str | Path, revision: str | None = None, more: Sequence[
         more: files that are wanted beside ``config.json`` and the weights, where the repository has them.
 
     Raises:
-        ConfigError: a hub id without a commit.
+        ConfigError: a hub id without a commit, or a folder with one.
         ModelError: it is neither, or it cannot be downloaded.
     """
     if Path(source).is_dir():
+        if revision is not None:
+            what = "only a hub id has a revision, and this is a folder"
+            raise ConfigError(what, revision, where=str(source), remedy="Leave it out")
         return Path(source)
     if not is_hub_id(str(source)):
         raise ModelError("there is no such folder", str(source), remedy="Give a folder with a config.json, or a hub id")

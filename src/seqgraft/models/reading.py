@@ -61,11 +61,11 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     Raises:
         ModelError: the file is missing, truncated or not a safetensors file.
     """
-    if not path.exists():
+    if not path.is_file():
         raise ModelError("the weights are missing", str(path), remedy="Copy the whole folder")
     try:
         return load_file(path)
-    except SafetensorError as error:
+    except (SafetensorError, OSError) as error:
         raise ModelError(
             f"the weights cannot be read ({error})",
             str(path),
@@ -94,7 +94,7 @@ def fill(
         Our names with theirs.
 
     Raises:
-        ModelError: tensors missing, unexpected or misshapen.
+        ModelError: tensors missing, unexpected, misshapen, or whole numbers where others belong.
     """
     wanted = {place.name: place.shape for place in places.values()}
     missing, extra = sorted(set(wanted) - set(tensors)), sorted(set(tensors) - set(wanted))
@@ -110,6 +110,15 @@ def fill(
             where=path,
             remedy="Copy or download both files again, from one place",
         )
+    own_types = {f"{prefix}{name}": t.dtype for prefix, part in parts.items() for name, t in part.state_dict().items()}
+    types = {
+        place.name: str(tensors[place.name].dtype)
+        for name, place in places.items()
+        if own_types[name].is_floating_point != tensors[place.name].is_floating_point()
+    }
+    if types:
+        remedy = "Take weights in float32, bfloat16 or float16: quantised ones are not supported"
+        raise ModelError("the weights are numbers of another type than the model's", types, where=path, remedy=remedy)
     for prefix, part in parts.items():
         own = {}
         for name, tensor in part.state_dict().items():

@@ -12,7 +12,7 @@ import torch
 from seqgraft.data.dataset import DatasetInfo
 from seqgraft.errors import ConfigError, ModelError, Problems
 from seqgraft.models.base import Head, SequenceModel, Trunk, weight_hash, with_spec
-from seqgraft.models.folders import TRUNKS, Pretrained, find_model
+from seqgraft.models.folders import TRUNKS, Pretrained, find_model, is_like
 from seqgraft.models.wrap import WrappedTrunk, redraw
 from seqgraft.tracks import TrackTable
 
@@ -52,18 +52,10 @@ class ModelConfig:
         defaults = TRUNKS[self.name].defaults() if self.name in TRUNKS else {}
         problems = Problems(ConfigError)
         for name, value in self.settings.items():
-            if name in defaults and not _like(value, defaults[name]):
+            if name in defaults and not is_like(value, defaults[name]):
                 remedy = f"Give a value such as {defaults[name]!r}"
                 problems.add(f"{name} has a value of another kind", value, where="model.settings", remedy=remedy)
         problems.raise_if_any()
-
-
-def _like(value: object, default: object) -> bool:
-    if isinstance(default, list | tuple):
-        return isinstance(value, list | tuple) and all(_like(inner, default[0]) for inner in value)
-    if isinstance(default, float):
-        return isinstance(value, int | float) and not isinstance(value, bool)
-    return default is None or type(value) is type(default)
 
 
 def is_random(config: ModelConfig) -> bool:

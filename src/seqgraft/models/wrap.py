@@ -62,6 +62,10 @@ class WrappedTrunk(Trunk):
                 inner.activation_relu_or_gelu = 0  # else, in eval mode, it reads weights past whatever wraps its layers
         if not any(True for _ in self.parameters()):
             raise ModelError("the module has no parameters", where=spec.name)
+        if other := {str(p.dtype) for p in self.parameters() if p.dtype != torch.float32}:
+            remedy = "Convert it with module.float(); bf16 is train.precision"
+            what = "the module has weights that are not float32"
+            raise ModelError(what, sorted(other), where=spec.name, remedy=remedy)
         self.eval()
         called = {f"stages.{name}" for name in dry_run(chain, spec)}
         self.found = find_sites(self, spec.sites, called, spec.name)

@@ -223,9 +223,14 @@ def _read_log(path: Path) -> pd.DataFrame:
 
 
 def held_out(run: RunFiles, fold: str) -> str:
-    """Where the scores come from: " on held-out chrXIV and chrXVI", with the chromosomes if they are few and known."""
+    """Where the scores come from: " on held-out chrXIV and chrXVI", with the chromosomes if they are few and known.
+
+    Regions that the trunk has seen, or may have, are not called held out.
+    """
     chroms = run.part("dataset").get("chroms")
     named = chroms.get(fold, []) if isinstance(chroms, dict) else []
+    if fold == "test" and run.part("exposure").get("problem"):  # held out from the run, and not from its trunk
+        return f" on {join(named)}" if 0 < len(named) <= 4 else " on test regions"
     if 0 < len(named) <= 4:
         return f" on held-out {join(named)}"
     return {"test": " on held-out test regions", "valid": " on validation regions"}.get(fold, f" on the fold {fold}")

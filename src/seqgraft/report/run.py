@@ -92,7 +92,8 @@ def _exposure_sentence(run: RunFiles) -> str:
     """Only where the trunk has seen what the run was tested on, or nobody knows, and the run went on all the same."""
     found = run.part("exposure")
     allowed = ", which allow_exposure let pass" if found.get("allowed") else ""
-    return f"Not known to be held out from the trunk: {found['problem']}{allowed}." if found.get("problem") else ""
+    what = "Not held out from the trunk" if found.get("share") else "Not known to be held out from the trunk"
+    return f"{what}: {found['problem']}{allowed}." if found.get("problem") else ""
 
 
 def _exposure_section(run: RunFiles) -> Section | None:

@@ -303,7 +303,12 @@ def calibrate(
         scored = folder / f"{key}.{hash_file(vcf)['sha256'][:8]}.parquet"
         if not scored.exists():
             score_vcf(model, layout, config, vcf, scored, identity=identity, resume=resume)
-        found = _summarise(scored, folder / f"{key}.parquet", config, starts)
+        try:
+            found = _summarise(scored, folder / f"{key}.parquet", config, starts)
+        except DataError:  # of no use to a larger background, whose scores are another file
+            for left in (scored, skipped_path(scored), *([vcf] if vcf != background else [])):
+                left.unlink(missing_ok=True)
+            raise
         listed = pd.read_csv(skipped_path(scored), sep="\t")
         arrays = {f"start/{chrom}": sites for chrom, sites in (starts or {}).items()}
         np.savez(path.with_suffix(".npz"), background=np.sort(found.digests), **arrays)  # type: ignore[arg-type]
@@ -356,7 +361,9 @@ def _summarise(scored: Path, out: Path, config: VariantConfig, starts: Starts | 
     used = {name: size for name, size in sizes.items() if size >= MINIMUM}
     if not used:
         remedy = f"Give at least {MINIMUM} of a type; --random 10000 has about a thousand of each"
-        raise DataError("no type of allele has enough background variants", sizes, where=scored, remedy=remedy)
+        raise DataError(
+            "no type of allele has enough background variants", sizes, where="the background", remedy=remedy
+        )
     wanted = [(label, name) for label in labels for name in used]
     sorted_scores: dict[tuple[str, str], list[npt.NDArray[np.float32]]] = {key: [] for key in wanted}
     for column in columns:

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from seqgraft.errors import ConfigError, DataError
-from seqgraft.genome import Variant, match_chroms, read_bed_table, read_gtf
+from seqgraft.genome import Variant, match_chroms, read_bed_on, read_gtf
 from seqgraft.variants.place import Layout, Site
 
 __all__ = ["OVERS", "Centre", "Genes", "Over", "Regions", "Sites", "Window"]
@@ -149,8 +149,7 @@ class Regions:
 
     def sites(self, layout: Layout) -> Sites:
         _needs_bins(layout, self.kind)
-        table = read_bed_table(self.bed)
-        match_chroms(table["chrom"].unique(), layout.genome, self.bed)
+        table = read_bed_on(self.bed, layout.genome)
         found = []
         for row in table.to_dict("records"):
             chrom, start, end = str(row["chrom"]), int(row["start"]), int(row["end"])

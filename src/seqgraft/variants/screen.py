@@ -36,7 +36,7 @@ from torch import Tensor
 
 from seqgraft.data.augment import Augmentation
 from seqgraft.errors import ConfigError, DataError, ModelError, RunError
-from seqgraft.genome import Interval, Variant, match_chroms, read_bed_table
+from seqgraft.genome import Interval, Variant, read_bed_on
 from seqgraft.intervals import bootstrap_interval
 from seqgraft.metrics import Values
 from seqgraft.models.base import SequenceModel, Trunk
@@ -301,11 +301,10 @@ def screen(model: SequenceModel, layout: Layout, config: ScreenConfig, bed: Path
     """
     exact_path = out.with_name(f"{out.name.removesuffix('.parquet')}.exact.parquet")
     _check(out, exact_path, layout)
-    table = read_bed_table(bed)
-    match_chroms(table["chrom"].unique(), layout.genome, bed)
+    table = read_bed_on(bed, layout.genome)
     pieces = cut(table, layout, config.width)
     groups = list(layout.tracks.groups)
-    part = out.with_name(f".{out.name}.{os.getpid()}.part")
+    part, exact_part = (path.with_name(f".{path.name}.{os.getpid()}.part") for path in (out, exact_path))
     schema = pa.schema([("chrom", pa.string()), ("position", pa.int64()), ("ref", pa.string()), ("alt", pa.string())])
     schema = pa.schema([*schema, *((group, pa.float32()) for group in groups)])
     try:
@@ -319,13 +318,15 @@ def screen(model: SequenceModel, layout: Layout, config: ScreenConfig, bed: Path
             writer.add_key_value_metadata({f"seqgraft.{name}": text for name, text in notes.items()})
         if len(exact):
             rows = pa.Table.from_pandas(exact, preserve_index=False)
-            pq.write_table(rows.replace_schema_metadata({f"seqgraft.{k}": v for k, v in notes.items()}), exact_path)
+            pq.write_table(rows.replace_schema_metadata({f"seqgraft.{k}": v for k, v in notes.items()}), exact_part)
+            os.replace(exact_part, exact_path)
         os.replace(part, out)
     except OSError as error:
         what = f"the scores could not be written ({error.strerror or error})"
         raise RunError(what, str(out), remedy="Free some disk space or check permissions") from error
     finally:
         part.unlink(missing_ok=True)
+        exact_part.unlink(missing_ok=True)
     return Screened(snvs, unknown, len(pieces), agreement, (out, exact_path) if len(exact) else (out,))
 
 

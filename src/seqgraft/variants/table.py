@@ -222,11 +222,12 @@ class Parts:
             if not self.out.exists():  # a kill may have come after the rename
                 if self.out.name.lower().endswith(".parquet"):
                     self._join(count, joined, notes)
-                elif write_vcf(joined, self._annotated(count, vcf, rows, notes)):
-                    os.replace(joined, self.out)
-                    os.replace(index, self.out.with_name(f"{self.out.name}.tbi"))
-                if joined.exists():
-                    os.replace(joined, self.out)
+                else:
+                    published = self.out.with_name(f"{self.out.name}.tbi")
+                    published.unlink(missing_ok=True)  # of an output that was removed
+                    if write_vcf(joined, self._annotated(count, vcf, rows, notes)):
+                        os.replace(index, published)  # first: once the output is there, a kill leaves nothing to do
+                os.replace(joined, self.out)
             shutil.rmtree(self.folder)
 
     def _part(self, number: int) -> Path:
@@ -391,9 +392,10 @@ def score_vcf(
     if calibration is not None:
         notes["calibration"] = calibration.identity
         about["calibration"] = calibration.identity
+    manifest = about | dict(identity) | {"VCF": _hash(vcf), "genome": layout.genome.hash}
     if out.name.lower().endswith(".vcf.gz"):
         _check_header(vcf, table.infos)
-    parts = Parts(out, about | dict(identity) | {"VCF": _hash(vcf), "genome": layout.genome.hash}, table, resume=resume)
+    parts = Parts(out, manifest, table, resume=resume)
     try:
         check = AlleleCheck(layout.genome, layout.window, layout.target, config.rename)
         checked = check_vcf(vcf, check, skipped_path(out), allow_skipped=config.allow_skipped)
