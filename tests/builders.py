@@ -18,6 +18,7 @@ from seqgraft.models.borzoi import Borzoi
 from seqgraft.models.convnet import ConvNet
 from seqgraft.models.enformer import Enformer
 from seqgraft.models.folders import save_model
+from seqgraft.models.language import Language
 from seqgraft.sequence import PAD, decode
 from seqgraft.tracks import TrackTable
 
@@ -36,6 +37,9 @@ BORZOI: dict[str, Any] = {
 }
 #: The same with the attention of Flashzoi, of which a part of each head is rotated.
 FLASHZOI: dict[str, Any] = BORZOI | {"attention": "rotary", "key_heads": 1, "rotary_size": 6}
+#: Small DNA language models of two families: overlapping 3-mers, and 4-mers side by side.
+LANGUAGE: dict[str, Any] = {"k": 3, "channels": 16, "depth": 2, "heads": 2, "hidden": 32, "positions": 600}
+BLOCKS: dict[str, Any] = LANGUAGE | {"family": "esm", "tokens": "blocks", "k": 4, "after": 0, "embedding_norm": False}
 WINDOW, BINS, BIN_SIZE = 256, 12, 16
 FOLDS = ("train", "train", "train", "valid", "test", "train")
 
@@ -226,4 +230,14 @@ def tiny_enformer(seed: int = 0, *, bin_size: int = BIN_SIZE, crop: int = 2, **s
         if isinstance(module, nn.BatchNorm1d):
             nn.init.normal_(module.running_mean, std=0.3)
             nn.init.uniform_(module.running_var, 0.5, 2)
+    return trunk
+
+
+def tiny_language(seed: int = 0, *, bin_size: int = BIN_SIZE, crop: int = 2, **settings: Any) -> Language:
+    """A small language model, with vectors of tokens that differ as those of a trained one do."""
+    torch.manual_seed(seed)
+    trunk = Language(**(LANGUAGE | settings), bin_size=bin_size, crop=crop)
+    for module in trunk.modules():
+        if isinstance(module, nn.Embedding):
+            nn.init.normal_(module.weight, std=0.5)
     return trunk

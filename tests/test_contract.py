@@ -17,7 +17,7 @@ import pytest
 import torch
 import yaml
 
-from builders import BORZOI, FLASHZOI
+from builders import BLOCKS, BORZOI, FLASHZOI, LANGUAGE
 from seqgraft import run as runs
 from seqgraft.adapters import ADAPTERS
 from seqgraft.bigwig import runs as runs_of
@@ -37,10 +37,18 @@ TRUNK_SETTINGS: dict[str, Settings] = {
     "convnet": {"channels": 16, "depth": 2, "blocks": 1},
     "borzoi": BORZOI,
     "enformer": {"channels": 24, "depth": 1, "heads": 2, "key_size": 4, "divisible_by": 2, "positions": 16},
+    "language": {**LANGUAGE, "depth": 1},
 }
 
 #: Settings with which a trunk runs other code, and the sources that they are tested on.
-VARIANTS: dict[str, tuple[str, Settings, tuple[str, ...]]] = {"flashzoi": ("borzoi", FLASHZOI, ("binary",))}
+VARIANTS: dict[str, tuple[str, Settings, tuple[str, ...]]] = {
+    "flashzoi": ("borzoi", FLASHZOI, ("binary",)),
+    "blocks": ("language", {**BLOCKS, "depth": 1}, ("coverage",)),
+}
+
+#: Trunks without convolutions, and what adapters that need some ask for.
+WITHOUT_CONVS = {"language", "blocks"}
+NEEDS_CONVS = {"LoRA conv", "LoCon", "IA3 conv", "Houlsby + SE"}
 
 ADAPTER_SETTINGS: dict[str, dict[str, Settings]] = {
     "linear_probe": {"linear probe": {}},
@@ -76,6 +84,7 @@ CASES = [
     for kind in ADAPTER_SETTINGS
     if kind in ADAPTERS
     for label in ADAPTER_SETTINGS[kind]
+    if not (trunk in WITHOUT_CONVS and label in NEEDS_CONVS)
     for source in itertools.chain.from_iterable(SOURCE_CASES[entry] for entry in SOURCE_CASES if entry in SOURCES)
 ]
 CASES += [
@@ -83,6 +92,7 @@ CASES += [
     for variant, (_, _, sources) in VARIANTS.items()
     for kind in ADAPTER_SETTINGS
     for label in ADAPTER_SETTINGS[kind]
+    if not (variant in WITHOUT_CONVS and label in NEEDS_CONVS)
     for source in sources
 ]
 

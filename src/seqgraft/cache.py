@@ -523,6 +523,9 @@ class ActivationCache:
         values = dict(zip(self._files(), [state.x, *(state.skips[t.name] for t in self._tensors[1:])], strict=True))
         rows = {}
         for tensor, (name, value) in zip(self._tensors, values.items(), strict=True):
+            if value.shape[-1] != tensor.positions:  # tokens, of which a sequence with N has more
+                what = f"a region has not {tensor.positions} positions like others before the stage {self._cut}, but"
+                raise ModelError(what, value.shape[-1], where="train.cache", remedy="Use train.cache: off")
             rows[name] = _stored(value[..., tensor.start : tensor.stop], self._arrays[name].dtype, self._cut)
         if self._masked:
             valid = state.valid if state.valid is not None else torch.ones_like(state.x[:, 0], dtype=torch.bool)
@@ -568,11 +571,12 @@ class ActivationCache:
         stride = self._model.trunk.stride
         full, now = (-(-int(length) // stride) for length in (self._length, sample.lengths.max()))
         parts = [state.x, *state.skips.values()]
-        if not self._crops and all(part.shape[-1] * now % full == 0 for part in parts):
+        whole = not self._crops and all(part.shape[-1] * now % full == 0 for part in parts)
 
-            def cut(part: Tensor) -> Tensor:
-                return part[..., : part.shape[-1] * now // full]
+        def cut(part: Tensor) -> Tensor:
+            return part[..., : part.shape[-1] * now // full]
 
+        if whole and int(cut(state.valid).sum()) == int(state.valid.sum()):  # tokens follow no proportion
             state = State(cut(state.x), {name: cut(skip) for name, skip in state.skips.items()}, cut(state.valid))
         return replace(state, valid=None) if state.valid is not None and bool(state.valid.all()) else state
 

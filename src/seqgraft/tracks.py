@@ -108,6 +108,11 @@ class TrackTable:
         return cls._checked(pd.DataFrame(filled, columns=list(_DEFAULTS)), problems)
 
     @classmethod
+    def none(cls) -> TrackTable:
+        """A table without rows, of a trunk without heads."""
+        return cls(pd.DataFrame(columns=list(_DEFAULTS)))
+
+    @classmethod
     def of(cls, frame: pd.DataFrame) -> TrackTable:
         """A table from a frame with every column, such as ``tracks.parquet``.
 

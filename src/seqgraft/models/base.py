@@ -245,6 +245,8 @@ class Trunk(_StaysFrozen):
     settings: Mapping[str, Any]
     #: bp per bin where the data do not ask for a size: labels, whose bins are pooled.
     label_bin_size: ClassVar[int] = 16
+    #: Whether its weights are good for bins of any size.
+    any_bin_size: ClassVar[bool] = False
     #: Where the weights that ``build`` gives come from; None: they are random.
     pretrained: ClassVar[str | None] = None
     #: Bins that the stages drop at each end, those of crop stages left out.

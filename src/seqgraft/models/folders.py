@@ -36,6 +36,7 @@ from seqgraft.models.convnet import ConvNet
 from seqgraft.models.enformer import Enformer
 from seqgraft.models.hub import is_hub_id, licence_of, load_published
 from seqgraft.models.huggingface import Loaded
+from seqgraft.models.language import Language
 from seqgraft.models.reading import read_tensors
 from seqgraft.models.wrap import ModuleSpec, WrappedTrunk, trunk_class
 from seqgraft.tracks import TrackTable
@@ -66,7 +67,7 @@ _ENTRIES: Mapping[str, type] = {
 }
 
 #: Architecture -> class. A new trunk is registered here, and the contract tests find it.
-TRUNKS: dict[str, type[Trunk]] = {"convnet": ConvNet, "borzoi": Borzoi, "enformer": Enformer}
+TRUNKS: dict[str, type[Trunk]] = {"convnet": ConvNet, "borzoi": Borzoi, "enformer": Enformer, "language": Language}
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,8 @@ class Pretrained:
 
     @cached_property
     def tracks(self) -> TrackTable:
-        return TrackTable.build(self.content["tracks"])
+        listed = self.content["tracks"]
+        return TrackTable.build(listed) if listed else TrackTable.none()
 
     @property
     def trained_on(self) -> Path | None:
@@ -243,7 +245,7 @@ def convert_published(
     """
     report, spec = loaded.report, loaded.trunk.spec
     tables = [head.tracks for head in loaded.heads.values()]
-    tracks = tables[0]
+    tracks = tables[0] if tables else TrackTable.none()
     for more in tables[1:]:
         tracks = tracks.concat(more)
     origin = {"source": source, "revision": revision, "file": report.file.name, "sha256": report.sha256}
@@ -298,7 +300,7 @@ def save_model(
                 building / "trained_on.bed", sep="\t", header=False, index=False
             )
         (building / "card.md").write_text(card)
-        tracks = model.tracks.replace(file=[""] * len(model.tracks)).to_frame()
+        tracks = model.tracks.to_frame().assign(file="")
         write_json(
             building / "model.json",
             {

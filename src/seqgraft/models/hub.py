@@ -11,12 +11,18 @@ from seqgraft.data.seen import TRUNK_FOLDS, read_trunk_folds
 from seqgraft.data.tables import read_track_table
 from seqgraft.models.hub_borzoi import load_borzoi
 from seqgraft.models.hub_enformer import PUBLISHED, load_enformer
+from seqgraft.models.hub_language import load_language
 from seqgraft.models.huggingface import Loaded, find_folder, is_hub_id, read_config
+from seqgraft.models.language import FAMILIES
 
 __all__ = ["LAYOUTS", "is_hub_id", "licence_of", "load_published", "regions_of"]
 
 #: ``model_type`` of ``config.json`` -> what loads it.
-LAYOUTS: Mapping[str, Callable[..., Loaded]] = {"borzoi": load_borzoi, "enformer": load_enformer}
+LAYOUTS: Mapping[str, Callable[..., Loaded]] = {
+    "borzoi": load_borzoi,
+    "enformer": load_enformer,
+    **dict.fromkeys(FAMILIES, load_language),
+}
 #: As the model cards on the hub say.
 _LICENCES = {
     PUBLISHED: "CC-BY-4.0",

@@ -6,14 +6,14 @@
       config.json                              model_type and sizes
       model.safetensors or pytorch_model.bin   the weights
 
-What the tensors of a model type are called is in ``hub_borzoi.py`` and ``hub_enformer.py``.
+What the tensors of a model type are called is in ``hub_borzoi.py``, ``hub_enformer.py`` and ``hub_language.py``.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,12 +55,13 @@ def is_hub_id(source: str) -> bool:
     return re.fullmatch(r"\w[\w.-]*/[\w.-]*\w", source) is not None
 
 
-def find_folder(source: str | Path, revision: str | None = None) -> Path:
+def find_folder(source: str | Path, revision: str | None = None, more: Sequence[str] = ()) -> Path:
     """A local folder as it is, or the snapshot of a Hugging Face repository in the local cache, downloaded if need be.
 
     Args:
         source: the path of a folder, or a hub id such as ``EleutherAI/enformer-official-rough``.
         revision: the full commit of the repository; needed for a hub id, so that the weights stay the same.
+        more: files that are wanted beside ``config.json`` and the weights, where the repository has them.
 
     Raises:
         ConfigError: a hub id without a commit, or a folder with one.
@@ -81,7 +82,8 @@ def find_folder(source: str | Path, revision: str | None = None) -> Path:
 
     try:
         for weights in _FILES:  # one of them, where a repository has both
-            folder = Path(snapshot_download(str(source), revision=revision, allow_patterns=["config.json", weights]))
+            wanted = ["config.json", weights, *more]
+            folder = Path(snapshot_download(str(source), revision=revision, allow_patterns=wanted))
             if (folder / weights).exists():
                 break
         return folder

@@ -101,7 +101,7 @@ def build_pretrained(config: ModelConfig, info: DatasetInfo) -> SequenceModel | 
     Its outputs are what the new data's predictions are compared with, and what fine-tuning may forget.
     """
     pretrained = find_model(config.name, config.revision)
-    if pretrained is None or config.init == "random" or info.bins == 1:
+    if pretrained is None or config.init == "random" or info.bins == 1 or not pretrained.content["heads"]:
         return None
     trunk = _build_trunk(config, pretrained, info, labels=False)
     model = SequenceModel(trunk, _pretrained_heads(pretrained, trunk), pretrained.tracks)
@@ -127,7 +127,9 @@ def _build_trunk(config: ModelConfig, pretrained: Pretrained | None, info: Datas
         )
     settings = dict(pretrained.content["settings"] if pretrained else config.settings)
     kind = TRUNKS[architecture]
-    native = int(pretrained.content["bin_size"]) if pretrained else (kind.label_bin_size if labels else info.bin_size)
+    native = kind.label_bin_size if labels else info.bin_size
+    if pretrained and not kind.any_bin_size:
+        native = int(pretrained.content["bin_size"])
     if labels:
         crop = kind.drops
     else:

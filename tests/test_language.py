@@ -1,0 +1,401 @@
+"""DNA language models: what transformers answers on its own checkpoints, tokens and bins, adapters, padding."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn import functional
+
+from builders import BLOCKS, tiny_coverage, tiny_labels, tiny_language
+from seqgraft.adapters import IA3, Houlsby, LinearProbe, LoRA, adapt, merge
+from seqgraft.cache import ActivationCache
+from seqgraft.data.dataset import Dataset
+from seqgraft.errors import ConfigError, DataError, ModelError
+from seqgraft.local import Recompute
+from seqgraft.memory import bytes_without_computing
+from seqgraft.models.base import Head, SequenceModel, Trunk, mean_of_valid
+from seqgraft.models.folders import convert_published
+from seqgraft.models.hub import load_published
+from seqgraft.models.hub_language import load_language
+from seqgraft.models.language import Language
+from seqgraft.models.weights import ModelConfig, build_model, build_pretrained
+from seqgraft.objectives import Elementwise
+from seqgraft.sample import Sample
+from seqgraft.sequence import PAD, decode
+from seqgraft.train import TrainConfig, cache_choice
+
+SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
+LENGTHS = (50, 37, 20)
+
+
+def kmers(k: int) -> list[str]:
+    return ["".join(letters) for letters in product("ATCG", repeat=k)]
+
+
+#: family -> vocabulary in the order of its publication, and what else its config has.
+VOCABULARIES = {
+    "bert": ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *kmers(3)],
+    "esm": ["<unk>", "<pad>", "<mask>", "<cls>", "<eos>", "<bos>", *kmers(3), *"ATCGN"],
+}
+CONFIGS: dict[str, dict[str, Any]] = {
+    "bert": {"max_position_embeddings": 64},
+    "esm": {"max_position_embeddings": 66, "pad_token_id": 1, "mask_token_id": 2, "token_dropout": True},
+}
+
+
+def checkpoint(folder: Path, family: str, task: str = "Model", species: tuple[str, ...] = (), **changes: Any) -> Any:
+    """What transformers saves of a tiny model, with its vocabulary; returns transformers' model."""
+    import transformers
+
+    words = [*VOCABULARIES[family], *species]
+    name = {"bert": "Bert", "esm": "Esm"}[family]
+    config = getattr(transformers, f"{name}Config")(vocab_size=len(words), **SIZES, **CONFIGS[family], **changes)
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{name}{task}")(config)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    model.save_pretrained(folder)
+    (folder / "vocab.txt").write_text("\n".join(words))
+    if family == "esm":
+        (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": None}))
+    return model.eval()
+
+
+def batch(*lengths: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    codes = torch.randint(0, 4, (len(lengths), max(lengths)), generator=torch.Generator().manual_seed(seed))
+    for row, length in zip(codes, lengths, strict=True):
+        row[length:] = PAD
+    return codes.to(torch.uint8), torch.tensor(lengths)
+
+
+def pieces_of(text: str, family: str) -> list[str]:
+    """Tokens as the publications make them, one at a time."""
+    if family == "bert":
+        return ["[CLS]", *(text[i : i + 3] for i in range(len(text) - 2)), "[SEP]"]
+    found, at = ["<cls>"], 0
+    while at < len(text):
+        piece = text[at : at + 3]
+        found.append(piece if len(piece) == 3 and "N" not in piece else text[at])
+        at += len(found[-1])
+    return found
+
+
+# ---- transformers' numbers ----
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("family", "task", "changes"),
+    [
+        ("bert", "Model", {}),
+        ("bert", "ForMaskedLM", {}),
+        ("esm", "Model", {}),
+        ("esm", "ForMaskedLM", {"emb_layer_norm_before": True, "token_dropout": False}),
+        ("esm", "ForSequenceClassification", {}),
+    ],
+)
+def test_hidden_states_are_those_of_transformers(
+    tmp_path: Path, family: str, task: str, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """AutoModel on the same folder, with padding and an N; every layer, not the last alone."""
+    monkeypatch.setitem(CONFIGS, family, CONFIGS[family] | changes)
+    checkpoint(tmp_path / "saved", family, task)
+    from transformers import AutoModel
+
+    theirs = AutoModel.from_pretrained(tmp_path / "saved").eval()
+    loaded = load_language(tmp_path / "saved", bin_size=10)
+    codes, lengths = batch(*LENGTHS)
+    codes[1, 10] = 4
+    texts = [decode(row[:n].numpy()) for row, n in zip(codes, LENGTHS, strict=True)]
+    words = VOCABULARIES[family]
+    unknown = next(i for i, word in enumerate(words) if word.strip("[]<>").lower() == "unk")
+    ids = [[words.index(p) if p in words else unknown for p in pieces_of(text, family)] for text in texts]
+    width = max(map(len, ids))
+    padding = 0 if family == "bert" else 1
+    mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in ids])
+    answer = theirs(
+        input_ids=torch.tensor([row + [padding] * (width - len(row)) for row in ids]),
+        attention_mask=mask,
+        output_hidden_states=True,
+    )
+    trunk = loaded.trunk
+    state = trunk.encode(codes, lengths)
+    for stage, expected in zip(["embeddings", "layer_0", "layer_1"], answer.hidden_states, strict=True):
+        state = trunk.stages[stage](state)
+        found = state.x.transpose(1, 2)
+        if stage == "layer_1" and (norm := trunk.stages["final"].norm) is not None:
+            found = norm(found)  # transformers counts it to the last layer
+        assert state.valid is not None
+        assert torch.equal(state.valid[:, :width], mask.bool())
+        assert not state.valid[:, width:].any()
+        difference = (found[:, :width] - expected)[mask.bool()].abs().max()
+        assert float(difference) <= 1e-6 * max(1.0, float(expected.abs().max())), stage
+    assert trunk(codes, lengths).x.shape == (3, 16, 5)
+    heads = {"Model": ("pooler.",), "ForMaskedLM": ("cls.", "lm_head.")}.get(task, ("classifier.",))
+    assert loaded.report.left
+    assert any(name.startswith(heads) for name in loaded.report.left)
+    assert len(loaded.report.matched) == len(trunk.state_dict())
+    assert (loaded.window, loaded.bins) == ((60, 6) if family == "bert" else (180, 18))
+
+
+@torch.no_grad()
+def test_a_species_is_a_token_of_its_own(tmp_path: Path) -> None:
+    theirs = checkpoint(tmp_path / "saved", "bert", species=("yeast_one", "yeast_two"))
+    codes, lengths = batch(30)
+    words = [*VOCABULARIES["bert"], "yeast_one", "yeast_two"]
+    pieces = pieces_of(decode(codes[0].numpy()), "bert")
+    ids = torch.tensor([[words.index(piece) for piece in (pieces[0], "yeast_two", *pieces[1:])]])
+    trunk = load_language(tmp_path / "saved", species="yeast_two").trunk
+    found = trunk.run(trunk.encode(codes, lengths), stop="final")
+    expected = theirs(input_ids=ids).last_hidden_state[0]
+    assert torch.allclose(found.x[0].T[: len(expected)], expected, atol=1e-6)
+    for species in (None, "yeast"):
+        with pytest.raises(ConfigError, match="species"):
+            load_language(tmp_path / "saved", species=species)
+
+
+def test_a_copy_is_built_from_its_settings_alone(tmp_path: Path) -> None:
+    """No file of the vocabulary is needed once the weights are read."""
+    checkpoint(tmp_path / "saved", "esm")
+    trunk = load_language(tmp_path / "saved").trunk
+    settings = json.loads(json.dumps(dict(trunk.settings)))
+    again = Language.build(settings, bin_size=16, crop=0).eval()
+    again.load_state_dict(trunk.state_dict())
+    codes, lengths = batch(*LENGTHS)
+    assert torch.equal(again(codes, lengths).x, trunk(codes, lengths).x)
+
+
+def test_a_checkpoint_is_a_model_name(tmp_path: Path, labels: Dataset, coverage: Dataset) -> None:
+    """As a hub id is: converted into a model folder without heads, good for labels and for bins of any size."""
+    checkpoint(tmp_path / "saved", "esm")
+    loaded = load_published(str(tmp_path / "saved"))
+    folder = tmp_path / "model"
+    convert_published(loaded, folder, name="dna", licence="", source="here")
+    config = ModelConfig(name=str(folder))
+    codes, lengths = batch(48)
+    expected = loaded.trunk(codes, lengths).x
+    for dataset in (labels, coverage):
+        info = replace(dataset.info, bin_size=dataset.info.bin_size if dataset is labels else 8, window=256)
+        info = info if dataset is labels else replace(info, bins=28)
+        model = build_model(config, dataset.tracks, info).eval()
+        found = model.trunk.run(model.trunk.encode(codes, lengths), stop="crop").x
+        assert torch.allclose(found.mean(-1), expected.mean(-1), atol=1e-5)
+        assert model.trunk.spec.bin_size == (16 if dataset is labels else 8)
+        assert build_pretrained(config, info) is None
+    with pytest.raises(ModelError, match="no heads"):
+        load_language(tmp_path / "saved", tracks={"": coverage.tracks})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.pop("encoder.layer.1.output.dense.bias"), "missing"),
+        (lambda t: t.update({"encoder.layer.2.output.dense.bias": torch.zeros(16)}), "unexpected"),
+        (lambda t: t.update({"embeddings.word_embeddings.weight": torch.zeros(9, 16)}), "misshapen"),
+    ],
+)
+def test_tensors_are_checked(tmp_path: Path, change: Any, message: str) -> None:
+    checkpoint(tmp_path, "bert")
+    tensors = load_file(tmp_path / "model.safetensors")
+    change(tensors)
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(ModelError, match=rf"do not fit.*'{message}': \['"):
+        load_language(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("family", "config", "message"),
+    [
+        ("esm", {"position_embedding_type": "rotary"}, "position_embedding_type is not supported"),
+        ("bert", {"hidden_act": "relu"}, "hidden_act is not supported"),
+        ("bert", {"model_type": "roberta"}, "another model"),
+    ],
+)
+def test_what_is_not_supported_is_said(tmp_path: Path, family: str, config: dict[str, Any], message: str) -> None:
+    checkpoint(tmp_path, family)
+    content = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(content | config))
+    with pytest.raises(ModelError, match=message):
+        load_language(tmp_path)
+
+
+def test_a_vocabulary_is_needed(tmp_path: Path) -> None:
+    checkpoint(tmp_path, "bert")
+    (tmp_path / "vocab.txt").unlink()
+    with pytest.raises(ModelError, match="no vocabulary"):
+        load_language(tmp_path)
+
+
+def test_transformers_is_loaded_with_a_checkpoint_only() -> None:
+    probe = "import sys, seqgraft.models.hub_language as m; m.Language(); print('transformers' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, timeout=120, check=True)
+    assert done.stdout.strip() == "False"
+
+
+# ---- tokens, bins, padding ----
+
+TRUNKS: dict[str, dict[str, Any]] = {"overlapping": {}, "blocks": BLOCKS}
+
+
+def language(tokens: str, **settings: Any) -> Language:
+    return tiny_language(1, **{"crop": 0, **TRUNKS[tokens], **settings}).eval()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("tokens", TRUNKS)
+@pytest.mark.parametrize("lengths", [(64, 50, 5), (200, 16, 17), (7, 100, 99)])
+def test_a_batch_gives_what_each_sequence_gives_alone(tokens: str, lengths: tuple[int, ...]) -> None:
+    trunk = language(tokens)
+    codes, sizes = batch(*lengths)
+    codes[0, 5] = 4
+    together = trunk(codes, sizes)
+    for row, length in enumerate(lengths):
+        alone = trunk(codes[row : row + 1, :length], sizes[row : row + 1])
+        bins = -(-length // 16)
+        assert int(together.valid[row].sum()) == bins == alone.x.shape[-1]  # type: ignore[index]
+        assert torch.allclose(together.x[row, :, :bins], alone.x[0], atol=1e-5)
+        assert torch.allclose(mean_of_valid(together)[row], mean_of_valid(alone)[0], atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("bin_size", [1, 5, 16])
+def test_bins_are_means_of_the_tokens_over_them(bin_size: int) -> None:
+    """Base by base, with an N between blocks of four."""
+    trunk = language("blocks", bin_size=bin_size)
+    codes, lengths = batch(80)
+    codes[0, 21] = 4
+    state = trunk.run(trunk.encode(codes, lengths), stop="final")
+    norm = trunk.stages["final"].norm
+    assert norm is not None
+    hidden = norm(state.x.transpose(1, 2))[0]
+    spans = [(4 * i, 4 * i + 4) for i in range(5)] + [(20, 21), (21, 22)]
+    spans += [(22 + 4 * i, 26 + 4 * i) for i in range(14)] + [(78, 79), (79, 80)]
+    bases = torch.cat([hidden[i + 1].expand(stop - start, -1) for i, (start, stop) in enumerate(spans)])
+    expected = functional.avg_pool1d(bases.T[None], bin_size)[0]
+    assert torch.allclose(trunk(codes, lengths).x[0], expected, atol=1e-5)
+
+
+def test_sequences_that_do_not_fit_are_refused() -> None:
+    trunk = language("overlapping", positions=66)
+    assert trunk(*batch(66)).x.shape[-1] == 5
+    for length in (67, 2):
+        with pytest.raises(DataError, match="bases that no token stands for"):
+            trunk(*batch(length))
+
+
+@pytest.mark.parametrize(
+    "settings", [{"family": "gpt"}, {"tokens": "pairs"}, {"heads": 3}, {"k": 0}, {"bin_size": 0}, {"depth": 0}]
+)
+def test_trunks_that_cannot_be(settings: dict[str, Any]) -> None:
+    with pytest.raises(ModelError, match="language"):
+        tiny_language(**settings)
+
+
+# ---- what follows from the chain ----
+
+
+def model_of(trunk: Trunk, dataset: Dataset) -> SequenceModel:
+    pool = "mean" if dataset.info.bins == 1 else "none"
+    heads = {
+        f"new_{group}": Head(dataset.tracks.select([dataset.tracks.names[i] for i in index]), trunk.spec.channels, pool)
+        for group, index in dataset.tracks.groups.items()
+    }
+    return SequenceModel(trunk, heads, dataset.tracks)
+
+
+@pytest.fixture(scope="module")
+def labels(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
+    return tiny_labels(tmp_path_factory.mktemp("labels") / "data")
+
+
+@pytest.fixture(scope="module")
+def coverage(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
+    return tiny_coverage(tmp_path_factory.mktemp("coverage") / "data")
+
+
+@pytest.mark.parametrize("tokens", TRUNKS)
+def test_lora_starts_as_the_identity_and_merges(labels: Dataset, tokens: str) -> None:
+    model = model_of(language(tokens, dropout=0.0), labels).eval()
+    sample = labels.sample([0, 1, 2])
+    with torch.no_grad():
+        before = model(sample)
+        adapt(model, LoRA(rank=2, where=("attention", "feedforward")))
+        assert torch.equal(model(sample), before)
+        for name, parameter in model.named_parameters():
+            if ".lora_B" in name:
+                nn.init.normal_(parameter, std=0.1)
+        adapted = model.eval()(sample)
+        assert not torch.allclose(adapted, before, atol=1e-3)
+        merge(model)
+        assert torch.allclose(model(sample), adapted, atol=1e-5)
+
+
+@pytest.mark.parametrize("adapter", [IA3(), Houlsby(bottleneck=4)], ids=["ia3", "houlsby"])
+def test_other_adapters_find_their_sites(labels: Dataset, adapter: Any) -> None:
+    model = model_of(language("blocks"), labels).eval()
+    sample = labels.sample([0, 1, 2])
+    with torch.no_grad():
+        before = model(sample)
+        adapt(model, adapter)
+        assert torch.equal(model.eval()(sample), before)
+    with pytest.raises(ModelError, match="no module at the site"):
+        adapt(model_of(language("blocks"), labels), LoRA(where=("conv",)))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("adapter", "settings"),
+    [(LinearProbe(), {"k": 1}), (LoRA(rank=2), {"k": 1, "before": 5}), (LoRA(rank=2), BLOCKS)],
+    ids=["whole trunk", "embeddings", "embeddings of blocks"],
+)
+def test_the_cache_changes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, adapter: Any, settings: dict[str, Any]
+) -> None:
+    """Half as many bases have more than half as many tokens, because of the special ones."""
+    monkeypatch.setenv("SEQGRAFT_CACHE", str(tmp_path / "cache"))
+    short = tiny_labels(tmp_path / "data", rows=18, lengths=(12, 32))
+    model = model_of(tiny_language(1, crop=0, **settings), short)
+    adapt(model, adapter)
+    model.eval()
+    config = TrainConfig(cache="float32")
+    choice = cache_choice(model, short, config, short.rows("train"), short.rows("valid"))
+    cache = ActivationCache.open(model, short, choice, "float32", config.augment)
+    for rows in ([8], [0, 1], [2, 3, 4], [8]):
+        sample = short.sample(rows)
+        attached = cache.attach(sample)
+        assert attached.halfway is not None
+        assert torch.allclose(model(attached), model(sample), atol=1e-5)
+    assert cache.filled == 6
+
+
+@torch.no_grad()
+def test_variants_are_computed_whole_and_right(coverage: Dataset) -> None:
+    """Of 3-mers between two special tokens there are as many as bases: edits must not be taken for those of tokens."""
+    model = model_of(language("overlapping", crop=2), coverage).eval()
+    codes = coverage.sample([0]).codes
+    edited = codes.clone()
+    edited[0, 100] = (edited[0, 100] + 1) % 4
+    local = Recompute(model)
+    found = local.predict(local.reference(codes[0]), edited)
+    lengths = torch.tensor([codes.shape[1]])
+    empty = torch.zeros(1, len(coverage.tracks), 1)
+    expected = model.predict(Sample(edited, lengths, torch.zeros(1, dtype=torch.int64), empty, empty > 0))
+    assert torch.allclose(found, expected, atol=1e-5)
+
+
+def test_what_needs_bases_says_so(coverage: Dataset) -> None:
+    model = model_of(language("overlapping", crop=2), coverage)
+    with pytest.raises(ModelError, match="no gradient by the bases"):
+        model.trunk.run(replace(state := model.trunk.encode(batch(64)[0]), x=state.x.requires_grad_()))
+    samples = [coverage.sample(rows) for rows in ([0], [0, 0])]
+    assert bytes_without_computing(model, Elementwise(model.tracks), samples, "float32") is None
