@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from seqgraft.plan import Plan
 
 # Nothing heavy may be imported at the top of this file: `seqgraft --help` must not load torch.
+
+T = TypeVar("T")
 
 app = typer.Typer(
     name="seqgraft",
@@ -29,6 +31,13 @@ Settings = Annotated[
 
 def _say(text: str) -> None:
     typer.echo(text)
+
+
+def _parsed(kind: type[T], config: Path | None, settings: list[str] | None) -> T:
+    """The settings of a command: its file, if there is one, and what --set says."""
+    from seqgraft.experiment import build, read_yaml
+
+    return build(kind, read_yaml(config, settings or ()), str(config or "--set"))
 
 
 @app.command()
@@ -188,14 +197,13 @@ def variants(
     import re
 
     from seqgraft.errors import ConfigError
-    from seqgraft.experiment import build, read_yaml
     from seqgraft.run import score_run
     from seqgraft.variants import VariantConfig
 
     numbers = re.fullmatch(r"([0-9]+)/([0-9]+)", shard)
     if numbers is None or not 1 <= int(numbers[1]) <= int(numbers[2]):
         raise ConfigError("this is no part of a file", shard, where="--shard", remedy="Write 1/16 to 16/16")
-    parsed = build(VariantConfig, read_yaml(config, settings or ()), str(config or "--set"))
+    parsed = _parsed(VariantConfig, config, settings)
     part = int(numbers[1]), int(numbers[2])
     found = score_run(folder, source, out, parsed, resume=resume, shard=part, replicates=replicate or ())
     _say(f"{found.variants - found.unread} variants were scored. Computed for each: {found.in_words}.")
@@ -225,14 +233,13 @@ def calibrate(
 ) -> None:
     """Score background variants, so that 'variants' with the same settings adds percentiles."""
     from seqgraft.errors import ConfigError
-    from seqgraft.experiment import build, read_yaml
     from seqgraft.run import calibrate_run
     from seqgraft.variants import VariantConfig
 
     if (background is None) == (random is None):
         remedy = "Give a VCF of background variants, or --random 10000"
         raise ConfigError("a calibration needs one background", remedy=remedy)
-    parsed = build(VariantConfig, read_yaml(config, settings or ()), str(config or "--set"))
+    parsed = _parsed(VariantConfig, config, settings)
     source = background if background is not None else random
     assert source is not None
     found = calibrate_run(folder, source, parsed, gtf=gtf, seed=seed, resume=resume)
@@ -255,11 +262,10 @@ def screen(
     """First-order scores of every possible SNV of regions, and how well they agree with exact ones."""
     from dataclasses import replace
 
-    from seqgraft.experiment import build, read_yaml
     from seqgraft.run import screen_run
     from seqgraft.variants import ScreenConfig
 
-    parsed = build(ScreenConfig, read_yaml(config, settings or ()), str(config or "--set"))
+    parsed = _parsed(ScreenConfig, config, settings)
     found = screen_run(folder, regions, out, parsed if top is None else replace(parsed, top=top))
     _say(f"{found.snvs} SNVs were scored to first order in {found.windows} windows; {found.unknown} bases are unknown.")
     for row in found.agreement.to_dict("records"):
@@ -284,10 +290,9 @@ def attribute(
 ) -> None:
     """What each base of regions does to a prediction, or to the contrast of two groups of tracks."""
     from seqgraft.attribute import AttributeConfig
-    from seqgraft.experiment import build, read_yaml
     from seqgraft.run import attribute_run
 
-    parsed = build(AttributeConfig, read_yaml(config, settings or ()), str(config or "--set"))
+    parsed = _parsed(AttributeConfig, config, settings)
     made = attribute_run(folder, source, out, parsed, plots=plots, suffix=f".{figures}")
     _say(f"{len(made.found.regions)} regions, explaining {'; '.join(made.found.names)}.")
     if made.found.in_words:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from seqgraft.errors import ModelError
 
-__all__ = ["LoadReport", "Place", "file_sha256", "fill", "read_tensors"]
+__all__ = ["LoadReport", "Place", "check_fit", "file_sha256", "fill", "read_tensors"]
 
 
 @dataclass(frozen=True)
@@ -79,6 +79,38 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def check_fit(
+    wanted: Mapping[str, tuple[int, ...]],
+    tensors: Mapping[str, Tensor],
+    where: Path,
+    *,
+    what: str,
+    remedy: str,
+    prefix: str = "",
+) -> None:
+    """Finds every tensor that is missing, unexpected or misshapen.
+
+    Args:
+        wanted: name in the file -> shape.
+        where: the file or folder, for the message.
+        what, remedy: the rest of it.
+        prefix: only names that start so can be unexpected.
+
+    Raises:
+        ModelError: there is one; all of them at once.
+    """
+    missing = sorted(set(wanted) - set(tensors))
+    extra = sorted(name for name in set(tensors) - set(wanted) if name.startswith(prefix))
+    shapes = [
+        f"{name}: {tuple(tensors[name].shape)} instead of {shape}"
+        for name, shape in wanted.items()
+        if name in tensors and tuple(tensors[name].shape) != shape
+    ]
+    if missing or extra or shapes:
+        found = {"missing": missing, "unexpected": extra, "misshapen": shapes}
+        raise ModelError(what, found, where=where, remedy=remedy)
+
+
 def fill(
     parts: Mapping[str, nn.Module], places: Mapping[str, Place], tensors: Mapping[str, Tensor], path: Path
 ) -> dict[str, str]:
@@ -96,20 +128,13 @@ def fill(
     Raises:
         ModelError: tensors missing, unexpected, misshapen, or whole numbers where others belong.
     """
-    wanted = {place.name: place.shape for place in places.values()}
-    missing, extra = sorted(set(wanted) - set(tensors)), sorted(set(tensors) - set(wanted))
-    shapes = [
-        f"{name}: {tuple(tensors[name].shape)} instead of {shape}"
-        for name, shape in wanted.items()
-        if name in tensors and tuple(tensors[name].shape) != shape
-    ]
-    if missing or extra or shapes:
-        raise ModelError(
-            "the weights do not fit the architecture that config.json describes",
-            {"missing": missing, "unexpected": extra, "misshapen": shapes},
-            where=path,
-            remedy="Copy or download both files again, from one place",
-        )
+    check_fit(
+        {place.name: place.shape for place in places.values()},
+        tensors,
+        path,
+        what="the weights do not fit the architecture that config.json describes",
+        remedy="Copy or download both files again, from one place",
+    )
     own_types = {f"{prefix}{name}": t.dtype for prefix, part in parts.items() for name, t in part.state_dict().items()}
     types = {
         place.name: str(tensors[place.name].dtype)

@@ -13,6 +13,7 @@ from seqgraft.data.dataset import DatasetInfo
 from seqgraft.errors import ConfigError, ModelError, Problems
 from seqgraft.models.base import Head, SequenceModel, Trunk, weight_hash, with_spec
 from seqgraft.models.folders import TRUNKS, Pretrained, find_model, is_like
+from seqgraft.models.reading import check_fit
 from seqgraft.models.wrap import WrappedTrunk, redraw
 from seqgraft.tracks import TrackTable
 
@@ -273,19 +274,14 @@ def _load(model: SequenceModel, pretrained: Pretrained) -> None:
                 rows = [names.index(track) for track in head.tracks.names]
                 wanted.setdefault(theirs, []).append((f"heads.{key}.{part}", rows))
                 expected[theirs] = (len(names), *tensor.shape[1:])
-    missing = sorted(set(wanted) - set(tensors))
-    extra = sorted(name for name in set(tensors) - set(wanted) if name.startswith("trunk."))
-    shapes = [
-        f"{name}: {tuple(tensors[name].shape)} instead of {shape}"
-        for name, shape in expected.items()
-        if name in tensors and tuple(tensors[name].shape) != shape
-    ]
-    if missing or extra or shapes:
-        raise ModelError(
-            "the weights do not fit the architecture",
-            {"missing": missing, "unexpected": extra, "misshapen": shapes},
-            where=pretrained.folder,
-        )
+    check_fit(
+        expected,
+        tensors,
+        pretrained.folder,
+        what="the weights do not fit the architecture",
+        remedy="Copy or download the folder again",
+        prefix="trunk.",
+    )
     with torch.no_grad():
         for theirs, copies in wanted.items():
             for ours, chosen in copies:
