@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from seqgraft.data import coverage
+from seqgraft.data import binned, coverage
 from seqgraft.data.coverage import CoverageSource, prepare_coverage, retrack_dataset
 from seqgraft.data.dataset import open_dataset
 from seqgraft.data.folds import Folds
@@ -122,7 +122,7 @@ def test_one_file_may_be_several_tracks(files: Path, tmp_path: Path) -> None:
 def test_long_stretches_are_read_in_pieces(files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = source_of(files, stride=70)
     whole = prepare_coverage(source, tmp_path / "whole")
-    monkeypatch.setattr(coverage, "SPAN", 450)
+    monkeypatch.setattr(binned, "SPAN", 450)
     pieces = prepare_coverage(source, tmp_path / "pieces")
     np.testing.assert_array_equal(whole.targets, pieces.targets)
 
@@ -218,8 +218,8 @@ def test_blacklisted_bases_are_limited_to_the_median(spans: list[tuple[int, int]
             merged.append([left - 20, left + size + 20])
     found = list(overlapping({"c": np.array(merged)}, "c", start, start + 200))
     source = CoverageSource(Path("a"), [], 200, 200, 20, FOLDS)
-    binned = coverage._bin(signal[start : start + 200], found, source)
-    np.testing.assert_allclose(binned, expected.reshape(10, 20).sum(1))
+    found_bins = coverage._bin(signal[start : start + 200], found, source)
+    np.testing.assert_allclose(found_bins, expected.reshape(10, 20).sum(1))
 
 
 def test_blacklist(files: Path, tmp_path: Path) -> None:
