@@ -1,0 +1,305 @@
+"""Scores of expression in donors: within each gene, across the donors who were held out; beside linear models.
+
+A gene's score is the correlation, across donors, of prediction and expression; a fold's is its mean over genes. A model
+that gives all donors of a gene one value tells nothing about them: its correlation is 0 there, not left out. Intervals
+are 95 % bootstrap intervals over genes, neighbours within 50 kb or two windows drawn together, because genes that share
+variants share their scores.
+
+Linear models on dosage (``seqgraft.dosage``) are fitted to the training donors of every gene, genes for testing
+included: on these, networks that have never seen the gene stand beside models that were fitted to it, as the note says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+from scipy import stats
+
+from seqgraft.data.dataset import Dataset
+from seqgraft.dosage import dosage_baselines, heritability
+from seqgraft.errors import ConfigError
+from seqgraft.evaluate import EvaluateConfig, Evaluation
+from seqgraft.intervals import Estimate, bootstrap_of_means, segment_blocks
+from seqgraft.metrics import pearson_within
+from seqgraft.models.base import SequenceModel
+from seqgraft.models.weights import ModelConfig, build_pretrained
+from seqgraft.predict import predict
+from seqgraft.progress import progress
+from seqgraft.tracks import unsquash
+
+__all__ = ["DONOR_FOLDS", "evaluate_donors"]
+
+Floats = npt.NDArray[np.float64]
+#: Folds of donors and genes, as a report lists them.
+DONOR_FOLDS = ("test", "unseen_genes", "unseen_both")
+_FEWEST_CARRIERS = 3  # donors of a haplotype, for its effect
+_METRICS = ("pearson_within_genes", "spearman_within_genes", "r2_within_genes")
+_IN_SAMPLE = "fitted to these donors"
+_FITTED = "fitted to other donors of these genes, which the network has never seen"
+_UNTUNED = "pretrained track"
+
+
+def evaluate_donors(
+    model: SequenceModel,
+    dataset: Dataset,
+    config: EvaluateConfig,
+    label: str,
+    start: ModelConfig,
+    *,
+    extra: Mapping[str, npt.NDArray[Any]] | None = None,
+) -> Evaluation:
+    """Scores a model, the trunk's own tracks and linear models on all held-out folds of donors and genes.
+
+    Metrics, within genes: Pearson, Spearman, and R2 (1 - squared error / variance, of z-scores). ``haplotype_effect``
+    is across genes: of the two haplotypes that most donors of the fold carry, the difference of mean expression and
+    that of predictions, correlated; where a gene has few haplotypes, as in a cross, that is what there is to predict.
+
+    Args:
+        label: the model's name in the tables.
+        start: the model it was adapted from; its own tracks serve as a baseline.
+        extra: further predictions to score by name, ``(rows of the dataset,)``.
+
+    Returns:
+        ``genes`` has a row per model, fold and gene; ``differences`` the run minus each baseline over the same genes,
+        with the p-value of Wilcoxon's signed rank test.
+
+    Raises:
+        ConfigError: there are no held-out donors or genes.
+    """
+    folds = [fold for fold in DONOR_FOLDS if (dataset.regions["fold"] == fold).any()]
+    if not folds:
+        what, remedy = "the dataset holds out neither donors nor genes", "Prepare it with shares or names for testing"
+        raise ConfigError(what, where=dataset.folder, remedy=remedy)
+    rows = np.concatenate([dataset.rows(fold) for fold in ("train", *folds)])
+    rows.sort()  # gene by gene, so that donors of a batch share haplotypes
+    known = np.full(len(dataset), np.nan)
+    own = predict(model, dataset, rows, ensemble=config.ensemble, batch_size=config.batch_size, what="predict donors")
+    known[rows] = own[:, 0, 0]
+    predictions: dict[str, Floats] = {label: known}
+    untuned = _untuned(dataset, rows, start, config, model)
+    if untuned is not None:
+        predictions[_UNTUNED] = untuned
+    linear, h2 = _linear(dataset)
+    predictions |= linear
+    predictions |= {name: np.asarray(values, np.float64) for name, values in (extra or {}).items()}
+    genes = pd.concat([_of_fold(dataset, fold, predictions) for fold in folds], ignore_index=True)
+    genes["heritability"] = h2[genes["gene"].to_numpy()]
+    tables, differences = [], []
+    for fold in folds:
+        here = genes[genes["fold"] == fold]
+        for name in predictions:
+            tables.append(_summary(dataset, here[here["model"] == name], name, fold, config, list(linear)))
+        tables.append(_ceiling(dataset, here[here["model"] == label], fold, config))
+        differences += [_difference(dataset, here, label, name, fold, config) for name in predictions if name != label]
+    genes["name"] = dataset.donors.genes["gene"].to_numpy(str)[genes["gene"]] if dataset.donors else ""
+    return Evaluation(
+        metrics=pd.concat(tables, ignore_index=True),
+        differences=pd.concat(differences, ignore_index=True) if differences else pd.DataFrame(),
+        genes=genes,
+        moments={},
+        examples={},
+    )
+
+
+def _linear(dataset: Dataset) -> tuple[dict[str, Floats], Floats]:
+    """Predictions of every row by linear models of its gene's training donors, and the heritability of every gene."""
+    donors = dataset.donors
+    assert donors is not None
+    truth = dataset.raw_targets(np.arange(len(dataset)))[:, 0, 0].astype(np.float64)
+    training = np.flatnonzero(donors.donors["fold"] == "train")
+    found: dict[str, Floats] = {}
+    h2 = np.full(len(donors.genes), np.nan)
+    order = np.argsort(donors.gene, kind="stable")
+    bounds = np.searchsorted(donors.gene[order], np.arange(len(donors.genes) + 1))
+    for gene in progress(range(len(donors.genes)), "linear models", total=len(donors.genes)):
+        here = order[bounds[gene] : bounds[gene + 1]]
+        expression = np.full(len(donors.donors), np.nan)
+        expression[donors.donor[here]] = truth[here]
+        dosage = donors.dosage(gene)[0].astype(np.float64)
+        for name, model in dosage_baselines(dosage, expression, training, ploidy=donors.ploidy).items():
+            found.setdefault(name, np.full(len(dataset), np.nan))[here] = model.predictions[donors.donor[here]]
+        h2[gene] = heritability(dosage, expression, training, ploidy=donors.ploidy).value
+    return found, h2
+
+
+def _untuned(
+    dataset: Dataset, rows: npt.NDArray[np.int64], start: ModelConfig, config: EvaluateConfig, model: SequenceModel
+) -> Floats | None:
+    """The one of the trunk's own tracks that serves training donors best, summed over the bins that heads see.
+
+    Raw units, mean over haplotypes; None for a trunk without tracks of its own.
+    """
+    reference = build_pretrained(start, dataset.info, around_centre=start.centre)
+    if reference is None:
+        return None
+    reference.to(next(model.parameters()).device)
+    donors = dataset.donors
+    assert donors is not None
+    values = predict(reference, dataset, rows, batch_size=config.batch_size, what="pretrained tracks")
+    bin_size = reference.trunk.spec.bin_size
+    raw = unsquash(values.astype(np.float64), reference.tracks, bin_size).sum(-1)
+    train = np.flatnonzero((dataset.regions["fold"] == "train").to_numpy()[rows])
+    truth = dataset.raw_targets(rows[train])[:, 0, 0]
+    scores = [pearson_within(truth, column[train], donors.gene[rows[train]]).mean() for column in raw.T]
+    out = np.full(len(dataset), np.nan)
+    out[rows] = raw[:, int(np.argmax(scores))]
+    return out
+
+
+def _of_fold(dataset: Dataset, fold: str, predictions: Mapping[str, Floats]) -> pd.DataFrame:
+    """A row per model and gene of a fold: its scores, and the effect of the haplotypes that most donors carry."""
+    donors = dataset.donors
+    assert donors is not None
+    rows = dataset.rows(fold)
+    gene = donors.gene[rows]
+    truth = dataset.raw_targets(rows)[:, 0, 0].astype(np.float64)
+    numbers, count = np.unique(gene, return_counts=True)
+    carried = donors.haplotypes[gene, donors.donor[rows]]
+    tables = []
+    for name, values in predictions.items():
+        predicted = values[rows]
+        ranks = [pd.Series(v).groupby(gene).rank().to_numpy(np.float64) for v in (truth, predicted)]
+        r2 = _r2_within(truth, predicted, gene)
+        effects = [_effect(carried[gene == g], truth[gene == g], predicted[gene == g]) for g in numbers]
+        table = pd.DataFrame(
+            {
+                "model": name,
+                "fold": fold,
+                "gene": numbers,
+                "donors": count,
+                "pearson_within_genes": pearson_within(truth, predicted, gene),
+                "spearman_within_genes": pearson_within(ranks[0], ranks[1], gene),
+                "r2_within_genes": r2,
+                "effect": [observed for observed, _ in effects],
+                "predicted_effect": [expected for _, expected in effects],
+            }
+        )
+        tables.append(table)
+    return pd.concat(tables, ignore_index=True)
+
+
+def _r2_within(truth: Floats, predicted: Floats, gene: npt.NDArray[np.int64]) -> Floats:
+    """1 - squared error / squared deviations from the gene's own mean in the fold."""
+    _, group = np.unique(gene, return_inverse=True)
+    count = np.bincount(group)
+    mean = np.bincount(group, truth) / count
+    error = np.bincount(group, (truth - predicted) ** 2)
+    return 1 - error / np.maximum(np.bincount(group, (truth - mean[group]) ** 2), 1e-12)
+
+
+def _effect(carried: npt.NDArray[np.integer], truth: Floats, predicted: Floats) -> tuple[float, float]:
+    """Mean of those who carry the one, minus of those who carry the other of the two most frequent haplotypes."""
+    there = carried[carried >= 0]
+    names, count = np.unique(there, return_counts=True)
+    if len(names) < 2:
+        return np.nan, np.nan
+    one, other = np.sort(names[np.argsort(-count, kind="stable")[:2]])
+    dosage = (carried == one).sum(1) - (carried == other).sum(1)
+    low, high = dosage < 0, dosage > 0
+    if min(low.sum(), high.sum()) < _FEWEST_CARRIERS:
+        return np.nan, np.nan
+    return float(truth[high].mean() - truth[low].mean()), float(predicted[high].mean() - predicted[low].mean())
+
+
+# ---- tables ----
+
+
+def _blocks(dataset: Dataset, genes: npt.NDArray[np.int64], config: EvaluateConfig) -> npt.NDArray[np.int64]:
+    assert dataset.donors is not None
+    table, half = dataset.donors.genes.iloc[genes], dataset.info.window // 2
+    starts = table["tss"].to_numpy(np.int64) - half
+    return segment_blocks(table["chrom"].tolist(), starts, starts + dataset.info.window, config.block)
+
+
+def _summary(
+    dataset: Dataset, genes: pd.DataFrame, name: str, fold: str, config: EvaluateConfig, linear: list[str]
+) -> pd.DataFrame:
+    """Means over genes with intervals, and the correlation of haplotype effects across genes."""
+    blocks = _blocks(dataset, genes["gene"].to_numpy(), config)
+    note = ""
+    if name in linear:
+        note = {"unseen_genes": _IN_SAMPLE, "unseen_both": _FITTED}.get(fold, "")
+    metrics = [metric for metric in _METRICS if metric != "r2_within_genes" or name != _UNTUNED]  # of another unit
+    found = bootstrap_of_means(genes[metrics].to_numpy(np.float64), blocks, draws=config.draws)
+    rows = [
+        _row(name, fold, metric, (found.value[i], found.low[i], found.high[i]), len(genes), note)
+        for i, metric in enumerate(metrics)
+    ]
+    rows.append(_effects(genes, blocks, name, fold, note, config))
+    return pd.DataFrame(rows)
+
+
+def _effects(
+    genes: pd.DataFrame, blocks: npt.NDArray[np.int64], name: str, fold: str, note: str, config: EvaluateConfig
+) -> dict[str, Any]:
+    known = genes["effect"].notna().to_numpy()
+    x, y = (genes[column].to_numpy(np.float64)[known] for column in ("effect", "predicted_effect"))
+    if known.sum() < 3 or y.std() == 0:
+        reason = "fewer than three genes have two haplotypes with enough donors" if known.sum() < 3 else "constant"
+        return _row(name, fold, "haplotype_effect", (np.nan, np.nan, np.nan), int(known.sum()), reason)
+    products = np.column_stack([x, y, x * x, y * y, x * y])
+
+    def correlation(means: Floats) -> Floats:
+        a, b, aa, bb, ab = np.moveaxis(means, -1, 0)
+        scale = np.maximum((aa - a * a) * (bb - b * b), 1e-30)
+        return np.asarray((ab - a * b) / np.sqrt(scale))[..., None]
+
+    found = bootstrap_of_means(products, blocks[known], draws=config.draws, of=correlation)
+    return _row(name, fold, "haplotype_effect", (found.value[0], found.low[0], found.high[0]), int(known.sum()), note)
+
+
+def _ceiling(dataset: Dataset, genes: pd.DataFrame, fold: str, config: EvaluateConfig) -> pd.DataFrame:
+    """The square root of heritability: what the best linear model of this window's variants could reach."""
+    root = np.sqrt(genes["heritability"].to_numpy(np.float64))[:, None]
+    found = bootstrap_of_means(root, _blocks(dataset, genes["gene"].to_numpy(), config), draws=config.draws)
+    note = "square root of the heritability of training donors (REML)"
+    bounds = (found.value[0], found.low[0], found.high[0])
+    return pd.DataFrame([_row("ceiling of linear models", fold, "pearson_within_genes", bounds, len(genes), note)])
+
+
+def _difference(
+    dataset: Dataset, genes: pd.DataFrame, label: str, name: str, fold: str, config: EvaluateConfig
+) -> pd.DataFrame:
+    metric = "pearson_within_genes"
+    ours, theirs = (genes[genes["model"] == model].set_index("gene")[metric] for model in (label, name))
+    apart = (ours - theirs).to_numpy(np.float64)
+    blocks = _blocks(dataset, ours.index.to_numpy(), config)
+    found: Estimate = bootstrap_of_means(apart[:, None], blocks, draws=config.draws)
+    differ = bool((apart != 0).any())
+    return pd.DataFrame(
+        {
+            "baseline": [name],
+            "fold": fold,
+            "group": "expression",
+            "track": "",
+            "metric": metric,
+            "value": found.value,
+            "low": found.low,
+            "high": found.high,
+            "unit": "label",
+            "better": int((apart > 0).sum()),
+            "n": len(apart),
+            "p": float(stats.wilcoxon(apart).pvalue) if differ else 1.0,
+        }
+    )
+
+
+def _row(model: str, fold: str, metric: str, bounds: tuple[float, float, float], n: int, note: str) -> dict[str, Any]:
+    value, low, high = bounds
+    return {
+        "model": model,
+        "fold": fold,
+        "group": "expression",
+        "track": "",
+        "metric": metric,
+        "value": value,
+        "low": low,
+        "high": high,
+        "n": n,
+        "unit": "label",
+        "note": note,
+    }
