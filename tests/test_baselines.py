@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -11,6 +13,7 @@ import pytest
 from seqgraft.baselines import (
     Examples,
     KmerSettings,
+    covariate_regression,
     kmer_counts,
     kmer_regression,
     majority,
@@ -19,6 +22,7 @@ from seqgraft.baselines import (
     nearest_track,
     sequence_ridge,
 )
+from seqgraft.controls import stored_predictions
 from seqgraft.errors import ConfigError, DataError
 from seqgraft.metrics import METRICS, Moments
 from seqgraft.sequence import PAD, encode, reverse_complement
@@ -101,8 +105,86 @@ def test_regression_uses_covariates_and_refuses_bins() -> None:
     without_checks = Examples(parts[1].codes[:0], parts[1].targets[:0], parts[1].covariates[:0])
     assert np.isfinite(kmer_regression(parts[0], without_checks, parts[2], tracks, QUICK)).all()
     for settings in ({"sizes": (9,)}, {"sizes": ()}, {"strengths": (0.0,)}):
-        with pytest.raises(ConfigError, match="baselines"):
+        with pytest.raises(ConfigError, match=r"evaluate\.kmers"):
             KmerSettings(**settings)
+
+
+def test_covariates_alone_beside_the_sequence_and_without() -> None:
+    """Classes that follow from the motif or from a covariate: each regression knows what it was given."""
+    tracks = TrackTable.build([{"name": name, "link": "sigmoid"} for name in ("motif", "covariate")])
+    rng = np.random.default_rng(0)
+    parts = []
+    for seed, rows in enumerate((600, 100, 300)):
+        codes, motif = labelled(rows, seed)
+        covariate = 7 + 3 * rng.normal(size=(rows, 1))
+        targets = np.stack([motif, covariate[:, 0] > 7], axis=1)[..., None].astype(float)
+        parts.append(Examples(codes, targets, covariate))
+    without = [replace(part, covariates=None) for part in parts]
+    predicted = {
+        "sequence": kmer_regression(*without, tracks, QUICK),
+        "both": kmer_regression(*parts, tracks, QUICK),
+        "covariates": covariate_regression(*parts, tracks, QUICK),
+    }
+    auroc = {
+        name: [METRICS["auroc"].function(parts[2].targets[:, track, 0], values[:, track, 0]) for track in range(2)]
+        for name, values in predicted.items()
+    }
+    assert min(auroc["both"]) > 0.9
+    assert auroc["sequence"][0] > 0.9 > 0.7 > auroc["sequence"][1]
+    assert auroc["covariates"][1] > 0.9 > 0.7 > auroc["covariates"][0]
+    with pytest.raises(DataError, match="covariate baseline: there are no training rows"):
+        covariate_regression(Examples(parts[0].codes[:0], parts[0].targets[:0]), *parts[1:], tracks)
+
+
+def test_the_second_run_on_the_same_data_fits_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SEQGRAFT_CACHE", str(tmp_path))
+    tracks = TrackTable.build([{"name": "motif", "link": "sigmoid"}])
+    parts = []
+    for seed, rows in enumerate((120, 40, 40)):
+        codes, label = labelled(rows, seed)
+        parts.append(Examples(codes, label[:, None, None].astype(float)))
+    calls = []
+
+    def fit(*rows_and_tracks: Any) -> np.ndarray:
+        calls.append(1)
+        return kmer_regression(*rows_and_tracks)
+
+    first = stored_predictions(fit, *parts, tracks, QUICK)
+    again = stored_predictions(fit, *parts, tracks, QUICK)
+    assert len(calls) == 1
+    assert (again.dtype, again.tobytes()) == (first.dtype, first.tobytes())
+    assert first.tobytes() == kmer_regression(*parts, tracks, QUICK).tobytes()
+    (stored,) = (tmp_path / "baselines").iterdir()
+    assert stored.suffix == ".npy"  # nothing half-written beside it
+
+    changed = parts[0].targets.copy()
+    changed[0] = 1 - changed[0]
+    others: list[tuple[Any, ...]] = [
+        (Examples(parts[0].codes, changed), *parts[1:], tracks, QUICK),
+        (*parts[:2], Examples(parts[2].codes[::-1], parts[2].targets), tracks, QUICK),
+        (parts[0], Examples(parts[1].codes[:-1], parts[1].targets[:-1]), parts[2], tracks, QUICK),
+        (*[replace(part, covariates=np.ones((len(part.codes), 1))) for part in parts], tracks, QUICK),
+        (*parts, TrackTable.build([{"name": "other", "link": "sigmoid"}]), QUICK),
+        (*parts, tracks, KmerSettings(sizes=(2,))),
+    ]
+    for number, other in enumerate(others, start=2):
+        stored_predictions(fit, *other)
+        assert len(calls) == number
+
+    stored.write_bytes(stored.read_bytes()[:100])  # cut off
+    assert stored_predictions(fit, *parts, tracks, QUICK).tobytes() == first.tobytes()
+    assert len(calls) == len(others) + 2
+    assert np.load(stored, allow_pickle=False).tobytes() == first.tobytes()
+
+
+def test_a_store_that_cannot_be_written_stops_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("SEQGRAFT_CACHE", str(tmp_path / "file"))
+    tracks = TrackTable.build([{"name": "motif", "link": "sigmoid"}])
+    codes, label = labelled(60, 0)
+    part = Examples(codes, label[:, None, None].astype(float))
+    found = stored_predictions(lambda *_: np.ones((60, 1, 1)), part, part, part, tracks, QUICK)
+    assert found.shape == (60, 1, 1)
 
 
 def test_nearest_track_is_the_best_line() -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from seqgraft.data.duplicates import DuplicatePolicy, duplicate_links, find_duplicates, resolve_duplicates
+from seqgraft.data.duplicates import DuplicatePolicy, copied_rows, duplicate_links, find_duplicates, resolve_duplicates
 from seqgraft.errors import DataError
 from seqgraft.sequence import Codes, encode, reverse_complement
 
@@ -163,6 +163,8 @@ def test_policies(tmp_path: Path) -> None:
     assert str(listing) in str(caught.value)
     with pytest.raises(DataError, match="stay in different folds"):
         resolve("group")
+    kept = {policy: copied_rows(report, np.array(resolve(policy))).tolist() for policy in ("report", "drop")}
+    assert kept == {"report": ["", "", "", "", "exact", "near"], "drop": [""] * 4}
     clean = find_duplicates(sequences[:4], ["train", "train", "train", "valid"])
     assert resolve_duplicates(clean, "refuse", 4, names, listing).all()
     assert not listing.exists()

@@ -3,10 +3,11 @@
 Every function takes arrays and returns predictions ``(rows, tracks, bins)`` for the test rows, after the link (labels:
 probabilities), in the scale of the targets that it was given.
 
-Labels: :func:`majority` and :func:`kmer_regression`. Coverage, from what a position's *other* tracks look like
-(``reference``: the pretrained model's own outputs, or observed tracks if one says so): :func:`mean_track` and
-:func:`nearest_track`. Coverage, from position in the window or sequence alone: :func:`mean_profile` and
-:func:`sequence_ridge`. A per-track constant is no baseline for Pearson, which it leaves undefined.
+Labels: :func:`majority`, :func:`kmer_regression` and :func:`covariate_regression`. Coverage, from what a position's
+*other* tracks look like (``reference``: the pretrained model's own outputs, or observed tracks if one says so):
+:func:`mean_track` and :func:`nearest_track`. Coverage, from position in the window or sequence alone:
+:func:`mean_profile` and :func:`sequence_ridge`. A per-track constant is no baseline for Pearson, which it leaves
+undefined.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ __all__ = [
     "Examples",
     "KmerSettings",
     "Nearest",
+    "covariate_regression",
     "kmer_counts",
     "kmer_regression",
     "majority",
@@ -67,9 +69,12 @@ def _mean(values: Array) -> float:
 
 @dataclass(frozen=True)
 class KmerSettings:
-    """k-mers of these ``sizes``; ``both_strands`` counts a k-mer and its reverse complement as one.
+    """Regressions on labels: k-mers of these ``sizes``, and how strongly coefficients may move.
 
-    ``strengths`` are tried on the validation rows: C of the logistic regression; for the ridge, 1 / alpha.
+    Attributes:
+        sizes: of the k-mers.
+        both_strands: counts a k-mer and its reverse complement as one.
+        strengths: tried on the validation rows: C of the logistic regression; for the ridge, 1 / alpha.
     """
 
     sizes: tuple[int, ...] = (3, 4, 5, 6)
@@ -78,9 +83,9 @@ class KmerSettings:
 
     def __post_init__(self) -> None:
         if not self.sizes or not all(1 <= size <= 8 for size in self.sizes):
-            raise ConfigError("k-mer sizes must lie between 1 and 8", self.sizes, where="baselines.sizes")
+            raise ConfigError("k-mer sizes must lie between 1 and 8", self.sizes, where="evaluate.kmers.sizes")
         if not self.strengths or not all(strength > 0 for strength in self.strengths):
-            raise ConfigError("must all be above 0", self.strengths, where="baselines.strengths")
+            raise ConfigError("must all be above 0", self.strengths, where="evaluate.kmers.strengths")
 
 
 def kmer_counts(codes: npt.NDArray[np.uint8], size: int, both_strands: bool = False) -> sparse.csr_array:
@@ -114,11 +119,12 @@ def _reverse_numbers(size: int) -> npt.NDArray[np.int64]:
 def kmer_regression(
     train: Examples, valid: Examples, test: Examples, tracks: TrackTable, settings: KmerSettings | None = None
 ) -> Floats:
-    """Logistic or ridge regression on tf-idf k-mer counts, its strength chosen per label on the validation rows.
+    """Logistic or ridge regression on tf-idf k-mer counts, and on the covariates where the examples have them.
 
     Sigmoid tracks are fitted one by one, a softmax group as one label of several classes (all of it must be there),
-    other tracks by ridge regression, which also gets the length, base composition and covariates. Chosen by the lowest
-    log loss or squared error. A label with one class only in training is predicted as its share.
+    other tracks by ridge regression, which also gets the length and base composition. The strength is the one of the
+    lowest log loss or squared error on the validation rows, per label. A label with one class only in training is
+    predicted as its share.
 
     Returns:
         Predictions ``(test rows, tracks, 1)``.
@@ -127,24 +133,52 @@ def kmer_regression(
         DataError: targets with more than one bin, or no training rows.
     """
     settings = settings or KmerSettings()
-    if train.targets.shape[2] != 1:
-        remedy = "Use mean_profile or sequence_ridge for coverage"
-        raise DataError("k-mer regression needs labels of one bin", train.targets.shape[2], remedy=remedy)
-    if not len(train.codes):
-        raise DataError("there are no training rows", where="k-mer baseline", remedy="Choose folds that have rows")
     parts = (train, valid, test)
+    _check_labels(train, "k-mer baseline")
     kmers = _tf_idf([_all_counts(part.codes, settings) for part in parts])
     dense = _standardised([_composition(part) for part in parts])
     both = [_beside([a, sparse.csr_array(b)]) for a, b in zip(kmers, dense, strict=True)]
-    predictions = majority(train, len(test.codes))
+    if train.covariates is not None:
+        more = [sparse.csr_array(values) for values in _standardised([_covariates(part) for part in parts])]
+        kmers, both = ([_beside([a, b]) for a, b in zip(table, more, strict=True)] for table in (kmers, both))
+    return _regression(kmers, both, train, valid, tracks, settings)
+
+
+def covariate_regression(
+    train: Examples, valid: Examples, test: Examples, tracks: TrackTable, settings: KmerSettings | None = None
+) -> Floats:
+    """Logistic or ridge regression on the covariates alone; all else as in :func:`kmer_regression`."""
+    _check_labels(train, "covariate baseline")
+    dense = _standardised([_covariates(part) for part in (train, valid, test)])
+    return _regression(dense, dense, train, valid, tracks, settings or KmerSettings())
+
+
+def _check_labels(train: Examples, where: str) -> None:
+    if train.targets.shape[2] != 1:
+        remedy = "Use mean_profile or sequence_ridge for coverage"
+        raise DataError("regression needs labels of one bin", train.targets.shape[2], where=where, remedy=remedy)
+    if not len(train.codes):
+        raise DataError("there are no training rows", where=where, remedy="Choose folds that have rows")
+
+
+def _regression(
+    logistic: Sequence[Any],
+    ridge: Sequence[Any],
+    train: Examples,
+    valid: Examples,
+    tracks: TrackTable,
+    settings: KmerSettings,
+) -> Floats:
+    """Predictions of every label, from the features of the train, valid and test rows."""
+    predictions = majority(train, ridge[2].shape[0])
     for index in tracks.groups.values():
         link = tracks.frame["link"].iloc[index[0]]
         for label in [index] if link == "softmax" else [[track] for track in index]:
             y_train, y_valid = (part.targets[:, label, 0] for part in (train, valid))
             if link in ("sigmoid", "softmax"):
-                fitted = _logistic(kmers, y_train, y_valid, settings)
+                fitted = _logistic(logistic, y_train, y_valid, settings)
             else:
-                fitted = _ridge(both, y_train, y_valid, settings)
+                fitted = _ridge(ridge, y_train, y_valid, settings)
             if fitted is not None:
                 predictions[:, label, 0] = fitted
     return predictions
@@ -171,10 +205,12 @@ def _tf_idf(counts: Sequence[sparse.csr_array]) -> list[sparse.csr_array]:
 def _composition(part: Examples) -> Floats:
     bases = np.stack([(part.codes == base).sum(1) for base in range(4)], axis=1).astype(np.float64)
     length = bases.sum(1, keepdims=True)
-    columns = [bases / np.maximum(length, 1), np.log(np.maximum(length, 1))]
-    if part.covariates is not None:
-        columns.append(np.asarray(part.covariates, np.float64))
-    return np.concatenate(columns, axis=1)
+    return np.concatenate([bases / np.maximum(length, 1), np.log(np.maximum(length, 1))], axis=1)
+
+
+def _covariates(part: Examples) -> Floats:
+    assert part.covariates is not None  # all parts have them or none has
+    return np.asarray(part.covariates, np.float64)
 
 
 def _standardised(parts: Sequence[Floats]) -> list[Floats]:
@@ -209,7 +245,8 @@ def _logistic(parts: Sequence[Any], y_train: Array, y_valid: Array, settings: Km
         model = LogisticRegression(C=strength, max_iter=300, tol=1e-3).fit(parts[0][rows], true[rows])
         loss = 0.0
         if checks.any():
-            loss = -float(model.predict_log_proba(parts[1][checks])[np.arange(len(chosen)), chosen].mean())
+            with np.errstate(divide="ignore"):  # a class ruled out has an infinite loss
+                loss = -float(model.predict_log_proba(parts[1][checks])[np.arange(len(chosen)), chosen].mean())
         return loss, model.predict_proba(parts[2])
 
     probabilities = np.zeros((parts[2].shape[0], max(2, y_train.shape[1])))

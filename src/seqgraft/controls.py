@@ -1,17 +1,29 @@
-"""Baselines and controls as predictions for the rows of a fold: what a run is compared with."""
+"""Baselines and controls as predictions for the rows of a fold: what a run is compared with.
+
+Regressions on labels are kept in ``$SEQGRAFT_CACHE/baselines``, so that the second run on the same data fits none.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+import os
+import tempfile
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from seqgraft import baselines
 from seqgraft.baselines import (
     Examples,
+    KmerSettings,
+    covariate_regression,
     kmer_regression,
     majority,
     mean_profile,
@@ -22,8 +34,10 @@ from seqgraft.baselines import (
 from seqgraft.data.augment import Augmentation
 from seqgraft.data.dataset import Dataset
 from seqgraft.errors import ConfigError
+from seqgraft.genome import cache_folder
 from seqgraft.models.weights import ModelConfig, build_model, build_pretrained
 from seqgraft.predict import features, predict
+from seqgraft.tracks import TrackTable
 
 __all__ = ["COVERAGE_BASELINES", "LABEL_BASELINES", "RANDOM_TRUNK", "baseline_predictions"]
 
@@ -31,7 +45,7 @@ Array = npt.NDArray[Any]
 Rows = npt.NDArray[np.int64]
 
 COVERAGE_BASELINES = ("mean_track", "nearest_track", "mean_profile", "sequence_ridge")
-LABEL_BASELINES = ("kmer", "majority")
+LABEL_BASELINES = ("kmer", "kmer_covariates", "covariates", "majority")
 #: Only when asked: it costs a pass of the whole trunk.
 RANDOM_TRUNK = "random_trunk"
 
@@ -44,18 +58,20 @@ def baseline_predictions(
     ensemble: Augmentation,
     batch_size: int,
     device: torch.device,
+    kmers: KmerSettings | None = None,
 ) -> dict[str, Array]:
     """Squashed predictions ``(rows, tracks, bins)`` by the baseline's name in tables.
 
     Args:
         start: the model that a run was adapted from; its own tracks, and its architecture, serve as baselines.
         wanted: which; None for all that suit the data.
+        kmers: of the regressions on labels.
 
     Raises:
         ConfigError: a baseline that does not suit the data.
     """
     labels = dataset.info.bins == 1
-    suited = LABEL_BASELINES if labels else COVERAGE_BASELINES
+    suited = _suited(dataset)
     wanted = suited if wanted is None else wanted
     wrong = [name for name in wanted if name not in (*suited, RANDOM_TRUNK)]
     if wrong:
@@ -66,12 +82,19 @@ def baseline_predictions(
             remedy=f"Choose from {', '.join((*suited, RANDOM_TRUNK))}",
         )
     if labels:
-        found = _label_baselines(dataset, wanted, rows)
+        found = _label_baselines(dataset, wanted, rows, kmers or KmerSettings())
     else:
         found = _coverage_baselines(dataset, rows, start, wanted, ensemble, batch_size, device)
     if RANDOM_TRUNK in wanted:
         found["random trunk"] = _random_trunk(dataset, rows, start, batch_size, device)
     return found
+
+
+def _suited(dataset: Dataset) -> tuple[str, ...]:
+    if dataset.info.bins > 1:
+        return COVERAGE_BASELINES
+    without = () if dataset.covariates is not None else ("kmer_covariates", "covariates")
+    return tuple(name for name in LABEL_BASELINES if name not in without)
 
 
 def _random_trunk(dataset: Dataset, rows: Rows, start: ModelConfig, batch_size: int, device: torch.device) -> Array:
@@ -108,13 +131,60 @@ def _examples_of(dataset: Dataset, rows: Rows) -> Examples:
     return Examples(codes, dataset.squashed_targets(rows), covariates)
 
 
-def _label_baselines(dataset: Dataset, wanted: Sequence[str], rows: Rows) -> dict[str, Array]:
-    train, valid, test = (_examples_of(dataset, r) for r in (dataset.rows("train"), dataset.rows("valid"), rows))
+def stored_predictions(
+    fit: Callable[[Examples, Examples, Examples, TrackTable, KmerSettings], Array],
+    train: Examples,
+    valid: Examples,
+    test: Examples,
+    tracks: TrackTable,
+    settings: KmerSettings,
+) -> Array:
+    """What ``fit`` predicts for the test rows, from the store where the same was asked for before.
+
+    The key is the hash of all that the numbers follow from: every array, tracks and settings, the code of the baselines
+    and the versions of what they compute with. A file is written beside its place and moved there, so processes may
+    share the store, and a kill leaves nothing that is read. One that cannot be read counts as absent.
+    """
+    digest = hashlib.sha256(Path(baselines.__file__).read_bytes())
+    libraries = [f"{name} {version(name)}" for name in ("numpy", "scipy", "scikit-learn")]
+    digest.update(repr([fit.__name__, settings, libraries, tracks.to_frame().to_csv()]).encode())
+    for array in [part for rows in (train, valid, test) for part in (rows.codes, rows.targets, rows.covariates)]:
+        found = np.zeros(0) if array is None else np.ascontiguousarray(array)
+        digest.update(repr((array is None, found.dtype.str, found.shape)).encode())
+        digest.update(found.tobytes())
+    path = cache_folder() / "baselines" / f"{digest.hexdigest()}.npy"
+    with suppress(OSError, ValueError, EOFError):
+        stored: Array = np.load(path, allow_pickle=False)
+        if stored.shape == test.targets.shape:
+            return stored
+    predictions = fit(train, valid, test, tracks, settings)
+    with suppress(OSError):  # nothing depends on the store: without room for it, the next run fits again
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, building = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        try:
+            with os.fdopen(descriptor, "wb") as file:
+                np.save(file, predictions)
+            os.replace(building, path)
+        finally:
+            Path(building).unlink(missing_ok=True)
+    return predictions
+
+
+def _label_baselines(dataset: Dataset, wanted: Sequence[str], rows: Rows, settings: KmerSettings) -> dict[str, Array]:
+    """Where there are covariates, what they give alone, beside the sequence, and what the sequence gives without."""
+    whole = [_examples_of(dataset, r) for r in (dataset.rows("train"), dataset.rows("valid"), rows)]
+    alone = [replace(part, covariates=None) for part in whole]
+    regressions = {
+        "kmer": ("k-mer regression", kmer_regression, alone),
+        "kmer_covariates": ("k-mers and covariates", kmer_regression, whole),
+        "covariates": ("covariate regression", covariate_regression, whole),
+    }
     found: dict[str, Array] = {}
-    if "kmer" in wanted:
-        found["k-mer regression"] = kmer_regression(train, valid, test, dataset.tracks)
+    for key, (name, fit, (train, valid, test)) in regressions.items():
+        if key in wanted:
+            found[name] = stored_predictions(fit, train, valid, test, dataset.tracks, settings)
     if "majority" in wanted:
-        found["majority"] = majority(train, len(rows))
+        found["majority"] = majority(whole[0], len(rows))
     return found
 
 

@@ -13,7 +13,9 @@ from seqgraft.errors import ConfigError
 from seqgraft.metrics import METRICS, Accumulator, Confusion, Moments, Score, Statistics, Values, mean_score
 from seqgraft.tracks import TrackTable
 
-__all__ = ["METRICS_OF_LINK", "Card", "Scorecard", "default_metric"]
+__all__ = ["METRICS_OF_LINK", "Card", "Scorecard", "clean_fold", "default_metric", "whole_fold"]
+
+_CLEAN = " without copies"
 
 #: Link -> metrics that are reported, the leading one first: it also picks the best checkpoint.
 METRICS_OF_LINK: dict[str, tuple[str, ...]] = {
@@ -27,6 +29,16 @@ METRICS_OF_LINK: dict[str, tuple[str, ...]] = {
 def default_metric(link: str) -> str:
     """The leading metric of tracks with this link."""
     return METRICS_OF_LINK[link][0]
+
+
+def clean_fold(fold: str) -> str:
+    """What tables of scores call the rows of a fold that have no exact or near copy in an earlier fold."""
+    return fold + _CLEAN
+
+
+def whole_fold(fold: str) -> str:
+    """The fold of whose rows these are all or the clean ones."""
+    return fold.removesuffix(_CLEAN)
 
 
 @dataclass(frozen=True)

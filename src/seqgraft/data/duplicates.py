@@ -24,12 +24,15 @@ import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 
+from seqgraft.data.dataset import Dataset
 from seqgraft.errors import DataError
 from seqgraft.sequence import Codes, reverse_complement
 
 __all__ = [
     "DuplicatePolicy",
     "DuplicateReport",
+    "copied_rows",
+    "copies_in_earlier_folds",
     "duplicate_links",
     "duplicates_in_words",
     "find_duplicates",
@@ -39,7 +42,7 @@ __all__ = [
 DuplicatePolicy = Literal["refuse", "report", "drop", "group"]
 """``refuse``: an exact copy in another fold is an error. ``report``: counted and listed. ``drop``: exact and near
 copies leave the training rows (and the validation rows, where the other copy is a test row). ``group``: copies are put
-into one fold, which only a random or cluster split can do."""
+into one fold, which only a split by random, kfold or cluster can do. Whatever stays is scored with and without."""
 
 SIMILARITY = 0.7
 UNUSED = "unused"
@@ -166,12 +169,43 @@ def resolve_duplicates(
         raise DataError(
             f"{len(report.exact)} pairs of identical sequences stay in different folds",
             where="duplicates: group",
-            remedy="Grouping needs folds by random or cluster. Use duplicates: drop for a fixed split",
+            remedy="Grouping needs folds by random, kfold or cluster. Use duplicates: drop for a fixed split",
         )
     if policy == "drop":
         keep[report.exact["row_a"]] = False
         keep[report.near["row_a"]] = False
     return keep
+
+
+def copied_rows(report: DuplicateReport, keep: NDArray[np.bool_]) -> NDArray[np.object_]:
+    """What sources store as the column ``copied`` of the regions: "exact", "near" or "", for each of the rows kept.
+
+    A row is copied if an earlier fold, in the order train, valid, test, holds a copy that was kept.
+    """
+    copied = np.full(len(keep), "", dtype=object)
+    for kind, pairs in (("near", report.near), ("exact", report.exact)):
+        copied[pairs["row_b"][keep[pairs["row_a"]]]] = kind
+    return copied[keep]
+
+
+def copies_in_earlier_folds(dataset: Dataset) -> NDArray[np.object_]:
+    """:func:`copied_rows` of a prepared dataset: as stored, or, where it was prepared without, found again."""
+    if "copied" in dataset.regions:
+        return dataset.regions["copied"].to_numpy(dtype=object)
+    everything = np.ones(len(dataset), dtype=bool)
+    if dataset.info.kind == "personal":  # donors share haplotypes, and folds are of donors and genes
+        return np.full(len(dataset), "", dtype=object)
+    summary = dataset.info.notes.get("duplicates")
+    if summary and not summary["exact"] and not summary["near"]:
+        return np.full(len(dataset), "", dtype=object)
+    sequences: list[Codes]
+    if dataset.codes is not None and dataset.lengths is not None:
+        sequences = [codes[:length] for codes, length in zip(dataset.codes, dataset.lengths, strict=True)]
+    else:
+        assert dataset.genome is not None  # open_dataset checks that one of the two is there
+        places = zip(*(dataset.regions[name].tolist() for name in ("chrom", "start", "end")), strict=True)
+        sequences = [dataset.genome.chrom_codes(chrom)[max(0, start) : end] for chrom, start, end in places]
+    return copied_rows(find_duplicates(sequences, dataset.regions["fold"]), everything)
 
 
 def _refusal(report: DuplicateReport, names: Sequence[str], listing: Path) -> dict[str, Any]:

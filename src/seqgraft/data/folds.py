@@ -36,6 +36,9 @@ class Folds:
     ``{by: random, valid: 0.1, test: 0.1, group: gene, seed: 1}``: shares of the rows; rows with the same ``group`` stay
     together.
 
+    ``{by: kfold, k: 10, fold: 0, valid: 0.1, group: gene}``: rows (or groups) are dealt into ``k`` parts of nearly one
+    size, the same for one ``seed``; part ``fold`` is for testing, and ``valid`` is a share of the others.
+
     ``{by: cluster, distance: 50000, valid: 0.1, test: 0.1}``: as random, and regions less than ``distance`` bp apart
     stay together.
 
@@ -48,7 +51,7 @@ class Folds:
     the list leaves out that was held out: those rows are for testing, and ``valid`` is a share of the training rows.
     """
 
-    by: Literal["chromosome", "column", "random", "cluster", "trunk"] = "column"
+    by: Literal["chromosome", "column", "random", "kfold", "cluster", "trunk"] = "column"
     train: tuple[str, ...] = ()
     valid: tuple[str, ...] | float = ()
     test: tuple[str, ...] | float = ()
@@ -57,6 +60,8 @@ class Folds:
     group: str | None = None
     distance: int = 0
     seed: int = 0
+    k: int | None = None
+    fold: int | None = None
     trunk: str | None = None
     bed: Path | None = None
 
@@ -70,12 +75,13 @@ class Folds:
             "chromosome": {"train", "column"},
             "column": {"column", "names", "group"},
             "random": {"group"},
+            "kfold": {"group", "k", "fold"},
             "cluster": {"group", "distance"},
             "trunk": {"group", "trunk", "bed"},
         }
         if self.by not in allowed:
             problems.add("folds cannot be made by", self.by, where="folds.by", remedy=f"Use {', '.join(allowed)}")
-        for name in ("train", "column", "names", "group", "distance", "trunk", "bed"):
+        for name in ("train", "column", "names", "group", "distance", "k", "fold", "trunk", "bed"):
             if getattr(self, name) and name not in allowed.get(self.by, {name}):
                 fitting = ", ".join(by for by, names in allowed.items() if name in names)
                 remedy = f"Leave it out, or use it with by: {fitting}"
@@ -83,6 +89,9 @@ class Folds:
         if self.by == "trunk" and not self.trunk:
             remedy = f"Name one of {', '.join(TRUNK_FOLDS)}, a bundled model, or the path of a model folder or BED file"
             problems.add("folds by trunk need the trunk", where="folds.trunk", remedy=remedy)
+        if self.by == "kfold" and not (self.k is not None and self.fold is not None and 2 <= self.k > self.fold >= 0):
+            remedy = "Give both, as in k: 10, fold: 0 (from 0 to k - 1)"
+            problems.add("folds by kfold need k of 2 or more and one of its parts", where="folds.k", remedy=remedy)
         if self.distance < 0:
             remedy = "Give base pairs, 0 or more"
             problems.add("the distance is negative", self.distance, where="folds.distance", remedy=remedy)
@@ -125,7 +134,7 @@ class Folds:
             problems.add("the shares leave no training rows", total, where="folds", remedy="Lower valid and test")
         if self.by in ("random", "cluster") and not total:
             problems.add("no rows are held out", where="folds", remedy="Give shares, as in valid: 0.1, test: 0.1")
-        if self.by in ("column", "trunk") and isinstance(self.test, float | int) and self.test:
+        if self.by in ("column", "trunk", "kfold") and isinstance(self.test, float | int) and self.test:
             remedy = f"The {self.by} says which rows are for testing; only valid can be a share"
             problems.add(f"folds by {self.by} take no share of test rows", self.test, where="folds.test", remedy=remedy)
 
@@ -177,12 +186,15 @@ def assign_folds(
         named = _by_column(regions, folds, together)
     elif folds.by == "trunk":
         named = _by_trunk(regions, folds, places or FoldPlaces(None), together)
+    elif folds.by == "kfold":
+        named = _by_kfold(_groups(regions, folds, together), folds)
     else:
         groups = _groups(regions, folds, together)
         named = _draw(groups, np.full(len(regions), "train", dtype=object), folds, ("test", "valid"))
     problems = Problems(DataError)
     for fold in ("train", "valid", "test"):
         asked = fold == "train" or folds.by == "trunk" or bool(getattr(folds, fold))
+        asked |= fold == "test" and folds.by == "kfold"
         if asked and not (named == fold).any():
             remedy = "Check the names, or give larger shares and smaller groups"
             if folds.by == "trunk":
@@ -221,6 +233,18 @@ def _by_column(regions: pd.DataFrame, folds: Folds, together: NDArray[np.int64] 
         problems.add(f"{count} rows have a value that is not a fold", value, where=f"column {name!r}", remedy=remedy)
     problems.raise_if_any()
     return _draw(_groups(regions, folds, together), named, folds, ("valid",))
+
+
+def _by_kfold(groups: NDArray[np.int64], folds: Folds) -> NDArray[np.object_]:
+    """Deal the groups in random order, each to the part with the fewest rows so far; one part is for testing."""
+    assert folds.k is not None
+    keys, sizes = np.unique(groups, return_counts=True)
+    held, part_of = np.zeros(folds.k, dtype=np.int64), np.zeros(keys.size, dtype=np.int64)
+    for index in np.random.default_rng(folds.seed).permutation(keys.size):
+        part_of[index] = held.argmin()
+        held[part_of[index]] += sizes[index]
+    test = part_of[np.searchsorted(keys, groups)] == folds.fold
+    return _draw(groups, np.where(test, "test", "train").astype(object), folds, ("valid",))
 
 
 def _by_trunk(

@@ -14,10 +14,17 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from seqgraft.data.covariates import Covariates, standardise
 from seqgraft.data.dataset import Dataset, DatasetInfo, hash_file, open_dataset, write_dataset
-from seqgraft.data.duplicates import DuplicatePolicy, duplicate_links, find_duplicates, resolve_duplicates
+from seqgraft.data.duplicates import (
+    DuplicatePolicy,
+    copied_rows,
+    duplicate_links,
+    find_duplicates,
+    resolve_duplicates,
+)
 from seqgraft.data.folds import FoldPlaces, Folds, assign_folds
-from seqgraft.data.labels import MISSING, Label, class_weights, read_label, read_numbers, track_table
+from seqgraft.data.labels import Label, class_weights, read_label, track_table
 from seqgraft.data.tables import fasta_records
 from seqgraft.errors import ConfigError, DataError, Problems
 from seqgraft.genome import Genome, Interval, match_chroms
@@ -31,12 +38,18 @@ __all__ = ["LabelledFile", "LabelledSource", "prepare_labelled"]
 class LabelledFile:
     """One file: .csv, .tsv, .parquet or FASTA, plain or gzipped; every row may get the same ``label`` or ``fold``.
 
-    FASTA headers are ``>name label`` or ``>name|label``, or only a name where ``label`` is given here.
+    FASTA headers are ``>name label`` or ``>name|label``, or only a name where ``label`` is given here. Of a large file,
+    ``rows`` takes so many rows at most, drawn without replacement with the seed of the folds.
     """
 
     path: Path
     label: str | None = None
     fold: str | None = None
+    rows: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.rows is not None and self.rows < 1:
+            raise ConfigError("a file gives at least one row", self.rows, where="files.rows", remedy="Leave it out")
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,9 +59,11 @@ class LabelledSource:
     Sequences are the joined texts of the columns ``sequence``; or, with a ``genome``, the places in the columns
     ``interval`` (chrom, start, end and optionally strand; 0-based, half-open), resized around their centre to
     ``window`` bp. Sequences longer than ``max_length`` are an error unless ``keep`` says which part of them stays.
-    More than ``max_unknown`` (a share) of N and IUPAC letters is an error. ``class_weights: balanced`` records a
-    weight for the positives of every sigmoid track (negatives / positives) and for every softmax class (rows / classes
-    / rows of the class), counted on training rows.
+    More than ``max_unknown`` (a share) of N and IUPAC letters is an error. What the heads see beside the sequence are
+    the numbers in the columns ``covariates``, the shares of the 61 sense codons in the coding sequences of the column
+    ``codons`` and log10 of the lengths of the sequences in the columns ``lengths``. ``class_weights: balanced`` records
+    a weight for the positives of every sigmoid track (negatives / positives) and for every softmax class (rows /
+    classes / rows of the class), counted on training rows.
     """
 
     files: tuple[LabelledFile, ...]
@@ -60,6 +75,8 @@ class LabelledSource:
     rename: Mapping[str, str] = field(default_factory=dict)
     name: str | None = None
     covariates: tuple[str, ...] = ()
+    codons: str | None = None
+    lengths: tuple[str, ...] = ()
     folds: Folds = field(default_factory=Folds)
     duplicates: DuplicatePolicy = "refuse"
     max_length: int | None = None
@@ -89,7 +106,7 @@ class LabelledSource:
             remedy = "Give a number from 0 to 1"
             problems.add("this is not a share of the bases", self.max_unknown, where="max_unknown", remedy=remedy)
         if self.duplicates == "group" and self.folds.by in ("chromosome", "trunk"):
-            remedy = "Use duplicates: drop, or folds by random or cluster"
+            remedy = "Use duplicates: drop, or folds by random, kfold or cluster"
             what = f"folds by {self.folds.by} cannot be split to group duplicates"
             problems.add(what, where="duplicates", remedy=remedy)
         problems.raise_if_any()
@@ -98,9 +115,15 @@ class LabelledSource:
     def columns(self) -> list[str]:
         """Every column that is read, once each; the columns label and fold may come from the file's own entry."""
         place = self.sequence if self.genome is None else self.interval
-        named = [*place, *(column for label in self.labels for column in label.columns), *self.covariates]
+        labels = (column for label in self.labels for column in label.columns)
+        named = [*place, *labels, *self.covariate_columns.columns]
         extra = [*self.fold_columns, *([self.name] if self.name is not None else [])]
         return list(dict.fromkeys([*named, *extra]))
+
+    @property
+    def covariate_columns(self) -> Covariates:
+        """What the heads see beside the sequence."""
+        return Covariates(self.covariates, self.codons, self.lengths)
 
     @property
     def fold_columns(self) -> list[str]:
@@ -124,7 +147,7 @@ def prepare_labelled(source: LabelledSource, folder: Path) -> Dataset:
     genome = Genome.open(source.genome) if source.genome is not None else None
     problems = Problems(DataError)
     targets = [read_label(table, label, places, problems) for label in source.labels]
-    covariates = _read_covariates(table, source.covariates, places, problems)
+    covariates, irregular = source.covariate_columns.read(table, places, problems)
     regions = _regions(table, source, genome, places, problems)
     problems.raise_if_any()
     sequences, notes = _read_sequences(table, regions, source, genome, places)
@@ -135,15 +158,16 @@ def prepare_labelled(source: LabelledSource, folder: Path) -> Dataset:
     regions["fold"] = assign_folds(foldable, source.folds, together=links, places=in_genome)
     report = find_duplicates(sequences, regions["fold"])
     listing = folder.with_name(f"{folder.name}.duplicates.tsv")
-    kept = np.flatnonzero(resolve_duplicates(report, source.duplicates, len(regions), places, listing))
-    notes |= {"duplicates": report.summary(), "duplicates_dropped": len(regions) - len(kept)}
-    regions = regions.iloc[kept].reset_index(drop=True)
+    keep = resolve_duplicates(report, source.duplicates, len(regions), places, listing)
+    kept = np.flatnonzero(keep)
+    notes |= {**irregular, "duplicates": report.summary(), "duplicates_dropped": len(regions) - len(kept)}
+    regions = regions.iloc[kept].assign(copied=copied_rows(report, keep)).reset_index(drop=True)
     targets = [replace(target, values=target.values[kept]) for target in targets]
     train = np.flatnonzero(regions["fold"] == "train")
     tracks = track_table(targets, train)
     values = np.concatenate([target.values for target in targets], axis=1)
     notes["rows_without_labels"] = int(np.isnan(values).all(axis=1).sum())
-    scaled, scaling = _standardise(covariates.iloc[kept], train)
+    scaled, scaling = standardise(covariates.iloc[kept], train, source.covariates)
     settings = {
         **asdict(source),
         "labels": [asdict(target.label) for target in targets],
@@ -165,7 +189,7 @@ def prepare_labelled(source: LabelledSource, folder: Path) -> Dataset:
     with write_dataset(folder, (len(kept), len(tracks), 1)) as writer:
         writer.targets[:, :, 0] = values
         stored, sizes = (codes, lengths) if genome is None else (None, None)
-        more = scaled if source.covariates else None
+        more = scaled if len(scaled.columns) else None
         writer.finish(info, regions, tracks, codes=stored, lengths=sizes, covariates=more)
     return open_dataset(folder)
 
@@ -196,6 +220,9 @@ def _read_files(source: LabelledSource) -> pd.DataFrame:
         table = table.reindex(columns=source.columns)
         table["name"] = [f"{file.path.name}:{row}" for row in rows] if named is None else named
         table["source"], table["source_row"] = file.path.name, rows
+        if file.rows is not None and file.rows < len(table):
+            drawn = np.random.default_rng(source.folds.seed).choice(len(table), file.rows, replace=False)
+            table = table.iloc[np.sort(drawn)]
         tables.append(table)
     problems.raise_if_any()
     return pd.concat(tables, ignore_index=True)
@@ -375,37 +402,3 @@ def _pad(sequences: Sequence[Codes]) -> tuple[Codes, NDArray[np.int64]]:
     for row, codes in enumerate(sequences):
         padded[row, : codes.size] = codes
     return padded, lengths
-
-
-# Covariates
-
-
-def _read_covariates(
-    table: pd.DataFrame, columns: Sequence[str], places: Sequence[str], problems: Problems
-) -> pd.DataFrame:
-    values = {}
-    for column in columns:
-        texts = table[column].astype(str).str.strip()
-        values[column] = read_numbers(texts, places, problems)
-        missing = np.flatnonzero(texts.isin(MISSING))
-        if missing.size:
-            where, remedy = f"{places[missing[0]]}, column {column!r}", "Fill it in, or leave the covariate out"
-            problems.add(f"{missing.size} rows have no value of a covariate", where=where, remedy=remedy)
-    return pd.DataFrame(values, index=table.index)
-
-
-def _standardise(
-    covariates: pd.DataFrame, train: NDArray[np.int64]
-) -> tuple[pd.DataFrame, dict[str, dict[str, float]]]:
-    """Mean 0 and standard deviation 1 over the training rows."""
-    problems = Problems(DataError)
-    scaling = {}
-    for column in covariates:
-        values = covariates[column].to_numpy()[train]
-        scaling[str(column)] = {"mean": float(values.mean()), "std": float(values.std())}
-        if values.std() == 0:
-            remedy = "Leave it out"
-            problems.add("a covariate is constant in training", values[0], where=f"column {column!r}", remedy=remedy)
-    problems.raise_if_any()
-    scaled = {name: (covariates[name] - of["mean"]) / of["std"] for name, of in scaling.items()}
-    return pd.DataFrame(scaled, index=covariates.index), scaling
