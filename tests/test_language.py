@@ -1,37 +1,54 @@
-"""DNA language models: what transformers answers on its own checkpoints, tokens and bins, adapters, padding."""
+"""DNA language models: what transformers answers on its own checkpoints, tokens and bins, adapters, padding.
+
+``data/dnabert2_parity.npz`` and ``data/nucleotide_transformer2_parity.npz`` hold what published modelling code computes
+with small random weights: ``config`` (JSON), ``sequences``, token ``ids`` (some of them the mask token) with their
+attention ``mask``, ``states`` (after the embeddings and after each layer, the last norm included), ``logits`` of the
+head for masked tokens, ``weights/*`` by the names of a checkpoint, and ``tokenizer`` or ``vocabulary``.
+
+DNABERT-2's were made with ``bert_layers.py`` of the repository zhihan1996/DNABERT-2-117M at commit d064dec (without
+its Triton kernel), in float32, with transformers 4.57.6: three heads, so that the slopes are not those of a power of
+two, and ``alibi_starting_size`` 8, so that its table grows. Those of version 2 of the Nucleotide Transformer were made
+with the layers of a public copy of its ``modeling_esm.py`` to which layers for another purpose had been added, which
+were left out; transformers' own ESM with its two feed-forward classes exchanged for that copy's gives the same numbers
+exactly.
+"""
 
 from __future__ import annotations
 
 import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
-from builders import BLOCKS, tiny_coverage, tiny_labels, tiny_language
-from seqgraft.adapters import IA3, Houlsby, LinearProbe, LoRA, adapt, merge
+from builders import BLOCKS, MOSAIC, ROTARY, byte_pairs, tiny_coverage, tiny_labels, tiny_language
+from seqgraft.adapters import IA3, FullFineTune, Houlsby, LinearProbe, LoRA, adapt, merge
 from seqgraft.cache import ActivationCache
 from seqgraft.data.dataset import Dataset
 from seqgraft.errors import ConfigError, DataError, ModelError
 from seqgraft.local import Recompute
 from seqgraft.memory import bytes_without_computing
-from seqgraft.models.base import Head, SequenceModel, Trunk, mean_of_valid
+from seqgraft.models.base import Head, SequenceModel, State, Trunk, mean_of_valid
+from seqgraft.models.encoder import alibi_slopes
 from seqgraft.models.folders import convert_published
-from seqgraft.models.hub import load_published
+from seqgraft.models.hub import licence_of, load_published
 from seqgraft.models.hub_language import load_language
-from seqgraft.models.language import Language
+from seqgraft.models.language import Language, pieces
+from seqgraft.models.masked import HIDDEN
 from seqgraft.models.weights import ModelConfig, build_model, build_pretrained
 from seqgraft.objectives import Elementwise
 from seqgraft.sample import Sample
-from seqgraft.sequence import PAD, decode
+from seqgraft.sequence import PAD, decode, encode
 from seqgraft.train import TrainConfig, cache_choice
 
 SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
@@ -141,11 +158,199 @@ def test_hidden_states_are_those_of_transformers(
         difference = (found[:, :width] - expected)[mask.bool()].abs().max()
         assert float(difference) <= 1e-6 * max(1.0, float(expected.abs().max())), stage
     assert trunk(codes, lengths).x.shape == (3, 16, 5)
-    heads = {"Model": ("pooler.",), "ForMaskedLM": ("cls.", "lm_head.")}.get(task, ("classifier.",))
-    assert loaded.report.left
-    assert any(name.startswith(heads) for name in loaded.report.left)
+    left = {"classifier"} if task == "ForSequenceClassification" else set()
+    heads = {name.removeprefix(f"{family}.").partition(".")[0] for name in loaded.report.left}
+    assert heads - {"contact_head", "pooler"} == left
+    assert bool(heads) == (task != "ForMaskedLM" or family == "esm")
+    assert (trunk.lm is not None) == (task == "ForMaskedLM")
     assert len(loaded.report.matched) == len(trunk.state_dict())
     assert (loaded.window, loaded.bins) == ((60, 6) if family == "bert" else (180, 18))
+
+
+def hide(trunk: Language, codes: Tensor, lengths: Tensor, hidden: Tensor) -> State:
+    """The first state, with the mask token in the place of the tokens ``hidden`` ``(batch, tokens)``."""
+    state, words = trunk.encode(codes, lengths), trunk.stages["embeddings"].tokeniser.vocabulary
+    given = torch.where(hidden, words.ids["[MASK]"], -1)
+    return replace(state, skips={**state.skips, HIDDEN: given[:, None]})
+
+
+def logits_of(trunk: Language, state: State) -> Tensor:
+    """``(batch, tokens, vocabulary)`` of the state before the last stage."""
+    norm, x = trunk.stages["final"].norm, state.x.transpose(1, 2)
+    assert trunk.lm is not None
+    logits: Tensor = trunk.lm(x if norm is None else norm(x))
+    return logits
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [("bert", {}), ("bert", {"tie_word_embeddings": False}), ("esm", {}), ("esm", {"token_dropout": False})],
+)
+def test_masked_tokens_are_predicted_as_by_transformers(
+    tmp_path: Path, family: str, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In our order of the vocabulary; ESM scales by how many tokens are masked, which differs between sequences."""
+    monkeypatch.setitem(CONFIGS, family, CONFIGS[family] | changes)
+    theirs = checkpoint(tmp_path, family, "ForMaskedLM")
+    loaded = load_language(tmp_path)
+    trunk = loaded.trunk
+    assert isinstance(trunk, Language)
+    codes, lengths = batch(30, 30)
+    ids = torch.tensor(
+        [[VOCABULARIES[family].index(p) for p in pieces_of(decode(row.numpy()), family)] for row in codes]
+    )
+    hidden = torch.zeros(ids.shape, dtype=torch.bool)
+    hidden[0, 2] = hidden[1, 3:6] = True
+    names = ["[MASK]", "<mask>"]
+    mask = next(i for i, word in enumerate(VOCABULARIES[family]) if word in names)
+    expected = theirs(input_ids=ids.masked_fill(hidden, mask)).logits
+    found = logits_of(trunk, trunk.run(hide(trunk, codes, lengths, hidden), stop="final"))[:, : ids.shape[1]]
+    ours = trunk.stages["embeddings"].tokeniser.vocabulary.ids
+    words = [*pieces("overlapping" if family == "bert" else "blocks", 3), "[MASK]"]
+    rows = [mask if word == "[MASK]" else VOCABULARIES[family].index(word) for word in words]
+    difference = found[..., [ours[word] for word in words]] - expected[..., rows]
+    assert float(difference.abs().max()) <= 1e-5
+    computed = ("cls.predictions.bias", "esm.contact_head.")  # the first is not used if nothing is shared
+    assert all(name.startswith(computed) for name in loaded.report.left)
+
+
+# ---- published code's numbers ----
+
+PUBLISHED = {"mosaic": "dnabert2_parity", "esm_rotary": "nucleotide_transformer2_parity"}
+
+
+def published(folder: Path, family: str, **config: Any) -> dict[str, Any]:
+    """The published code's answers, and a checkpoint folder of its weights as the hub has them."""
+    with np.load(Path(__file__).parent / "data" / f"{PUBLISHED[family]}.npz") as file:
+        found = dict(file)
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(json.loads(str(found["config"])) | config))
+    weights = {
+        name.partition("/")[2]: torch.from_numpy(value) for name, value in found.items() if name.startswith("weights/")
+    }
+    save_file(weights, folder / "model.safetensors")
+    if family == "mosaic":
+        special = {"unk_token": "[UNK]", "pad_token": "[PAD]", "mask_token": "[MASK]", "model_max_length": 32}
+        (folder / "tokenizer.json").write_text(str(found["tokenizer"]))
+        (folder / "tokenizer_config.json").write_text(json.dumps(special))
+    else:
+        (folder / "vocab.txt").write_text("\n".join(found["vocabulary"]))
+        (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": None, "model_max_length": 64}))
+    return found
+
+
+def as_codes(texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+    lengths = torch.tensor([len(text) for text in texts])
+    codes = torch.full((len(texts), int(lengths.max())), PAD, dtype=torch.uint8)
+    for row, text in zip(codes, texts, strict=True):
+        row[: len(text)] = torch.from_numpy(encode(text))
+    return codes, lengths
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", PUBLISHED)
+def test_hidden_states_are_those_of_published_code(tmp_path: Path, family: str) -> None:
+    """After every layer, with padding, an N and hidden tokens; and the logits of the head for masked tokens."""
+    content = published(tmp_path, family)
+    loaded = load_language(tmp_path, bin_size=10)
+    trunk = loaded.trunk
+    assert isinstance(trunk, Language)
+    assert trunk.settings["family"] == family
+    codes, lengths = as_codes([str(text) for text in content["sequences"]])
+    mask, states = torch.from_numpy(content["mask"]).bool(), torch.from_numpy(content["states"])
+    state = hide(trunk, codes, lengths, torch.from_numpy(content["ids"]) == (4 if family == "mosaic" else 2))
+    width = mask.shape[1]
+    for stage, expected in zip(["embeddings", "layer_0", "layer_1"], states, strict=True):
+        state = trunk.stages[stage](state)
+        found = state.x.transpose(1, 2)
+        if stage == "layer_1" and (norm := trunk.stages["final"].norm) is not None:
+            found = norm(found)
+        assert state.valid is not None
+        assert torch.equal(state.valid[:, :width], mask)
+        assert float((found[:, :width] - expected)[mask].abs().max()) <= 1e-5, stage
+    logits = logits_of(trunk, state)[:, :width]
+    ours = trunk.stages["embeddings"].tokeniser.vocabulary.ids
+    theirs = list(ours) if family == "mosaic" else [str(word) for word in content["vocabulary"]]
+    words = [word for word in ours if word in theirs]
+    assert len(words) >= (48 if family == "mosaic" else 64 + 5)
+    expected = torch.from_numpy(content["logits"])[..., [theirs.index(word) for word in words]]
+    assert float((logits[..., [ours[word] for word in words]] - expected)[mask].abs().max()) <= 1e-5
+    assert trunk(codes, lengths).x.shape == (3, 24, 7)
+    computed = () if family == "mosaic" else ("position_embeddings.weight", "inv_freq")
+    assert all(name.endswith(computed) for name in loaded.report.left)
+    assert len(loaded.report.matched) == len(trunk.state_dict())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", PUBLISHED)
+def test_computed_positions_have_no_end(tmp_path: Path, family: str) -> None:
+    """Inputs longer than the ``positions`` of training; what a model folder says is enough to build it again."""
+    published(tmp_path / "saved", family, max_position_embeddings=18)
+    loaded = load_published(str(tmp_path / "saved"))
+    assert loaded.trunk.settings["positions"] == (18 if family == "mosaic" else 16)
+    codes, lengths = batch(400, 300)
+    expected = loaded.trunk(codes, lengths).x
+    assert torch.isfinite(expected).all()
+    convert_published(loaded, tmp_path / "model", name="dna", licence="", source="here")
+    settings = json.loads((tmp_path / "model" / "model.json").read_text())["settings"]
+    again = Language.build(settings, bin_size=16, crop=0).eval()
+    tensors = load_file(tmp_path / "model" / "weights.safetensors")
+    again.load_state_dict({name.removeprefix("trunk."): tensor for name, tensor in tensors.items()})
+    assert torch.equal(again(codes, lengths).x, expected)
+
+
+def test_slopes_of_alibi() -> None:
+    """As Press et al. 2022 give for 8 heads, and for numbers between powers of two, such as DNABERT-2's 12."""
+    assert alibi_slopes(8) == tuple(2.0**-i for i in range(1, 9))
+    assert alibi_slopes(12) == (*alibi_slopes(8), *(2.0 ** -(i - 0.5) for i in range(1, 5)))
+    assert alibi_slopes(1) == (2.0**-8,)
+
+
+def test_fused_layers_of_an_unknown_shape_are_refused(tmp_path: Path) -> None:
+    published(tmp_path, "mosaic")
+    tensors = load_file(tmp_path / "model.safetensors")
+    name = "bert.encoder.layer.0.attention.self.Wqkv.weight"
+    save_file(tensors | {name: tensors[name][:48].contiguous()}, tmp_path / "model.safetensors")
+    with pytest.raises(ModelError, match=r"misshapen.*Wqkv.*\(72, 24\)"):
+        load_language(tmp_path)
+
+
+@pytest.mark.parametrize("family", PUBLISHED)
+def test_a_vocabulary_larger_than_its_table_is_refused(tmp_path: Path, family: str) -> None:
+    published(tmp_path, family, vocab_size=40)
+    with pytest.raises(ModelError, match="the table has 40 rows, and the vocabulary a token with the id"):
+        load_language(tmp_path)
+
+
+def test_special_tokens_are_those_of_the_text(tmp_path: Path) -> None:
+    published(tmp_path, "mosaic")
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"unk_token": "[UNK]", "pad_token": "[SEP]"}))
+    with pytest.raises(ModelError, match="special tokens have other names than usual"):
+        load_language(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "message"),
+    [
+        ("", "need the text of a tokenizer.json"),
+        ("{}", "cannot be read"),
+        (byte_pairs().replace('"[MASK]"', '"[OTHER]"'), r"lack a special one.*\[MASK\]"),
+        (byte_pairs().replace('"TATAA":28', '"TATAA":30'), "ids of the tokens have gaps"),
+    ],
+)
+def test_texts_that_are_no_byte_pairs(tokenizer: str, message: str) -> None:
+    with pytest.raises(ModelError, match=message):
+        tiny_language(**{**MOSAIC, "tokenizer": tokenizer})
+    with pytest.raises(ModelError, match="no other tokens"):
+        tiny_language(tokenizer=byte_pairs())
+
+
+def test_licences_of_published_weights_are_those_that_are_stated() -> None:
+    assert licence_of("zhihan1996/DNABERT-2-117M") == "Apache-2.0"
+    assert licence_of("InstaDeepAI/nucleotide-transformer-v2-50m-multi-species") == "CC-BY-NC-SA-4.0"
+    assert licence_of("gagneurlab/SpeciesLM") == "MIT"
+    assert licence_of("zhihan1996/DNA_bert_6").startswith("not stated")
 
 
 @torch.no_grad()
@@ -190,7 +395,7 @@ def test_a_checkpoint_is_a_model_name(tmp_path: Path, labels: Dataset, coverage:
         model = build_model(config, dataset.tracks, info).eval()
         found = model.trunk.run(model.trunk.encode(codes, lengths), stop="crop").x
         assert torch.allclose(found.mean(-1), expected.mean(-1), atol=1e-5)
-        assert model.trunk.spec.bin_size == (16 if dataset is labels else 8)
+        assert model.trunk.spec.bin_size == (0 if dataset is labels else 8)
         assert build_pretrained(config, info) is None
     with pytest.raises(ModelError, match="no heads"):
         load_language(tmp_path / "saved", tracks={"": coverage.tracks})
@@ -244,7 +449,7 @@ def test_transformers_is_loaded_with_a_checkpoint_only() -> None:
 
 # ---- tokens, bins, padding ----
 
-TRUNKS: dict[str, dict[str, Any]] = {"overlapping": {}, "blocks": BLOCKS}
+TRUNKS: dict[str, dict[str, Any]] = {"overlapping": {}, "blocks": BLOCKS, "byte_pairs": MOSAIC, "rotary": ROTARY}
 
 
 def language(tokens: str, **settings: Any) -> Language:
@@ -294,7 +499,7 @@ def test_sequences_that_do_not_fit_are_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    "settings", [{"family": "gpt"}, {"tokens": "pairs"}, {"heads": 3}, {"k": 0}, {"bin_size": 0}, {"depth": 0}]
+    "settings", [{"family": "gpt"}, {"tokens": "pairs"}, {"heads": 3}, {"k": 0}, {"bin_size": -1}, {"depth": 0}]
 )
 def test_trunks_that_cannot_be(settings: dict[str, Any]) -> None:
     with pytest.raises(ModelError, match="language"):
@@ -355,8 +560,8 @@ def test_other_adapters_find_their_sites(labels: Dataset, adapter: Any) -> None:
 @torch.no_grad()
 @pytest.mark.parametrize(
     ("adapter", "settings"),
-    [(LinearProbe(), {"k": 1}), (LoRA(rank=2), {"k": 1, "before": 5}), (LoRA(rank=2), BLOCKS)],
-    ids=["whole trunk", "embeddings", "embeddings of blocks"],
+    [(LinearProbe(), {"k": 1}), (LoRA(rank=2), {"k": 1, "before": 5}), (LoRA(rank=2), BLOCKS), (LinearProbe(), MOSAIC)],
+    ids=["whole trunk", "embeddings", "embeddings of blocks", "whole trunk of byte pairs"],
 )
 def test_the_cache_changes_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, adapter: Any, settings: dict[str, Any]
@@ -376,6 +581,28 @@ def test_the_cache_changes_nothing(
         assert attached.halfway is not None
         assert torch.allclose(model(attached), model(sample), atol=1e-5)
     assert cache.filled == 6
+
+
+def test_states_of_byte_pairs_are_not_stored(tmp_path: Path, labels: Dataset) -> None:
+    """Sequences of one length have different numbers of tokens: only what follows the last stage has one size."""
+    model = model_of(tiny_language(crop=0, **MOSAIC), labels)
+    adapt(model, LinearProbe())
+    model.trunk.stages["layer_1"].requires_grad_(True)
+    config = TrainConfig(cache="float32")
+    choice = cache_choice(model, labels, config, labels.rows("train"), labels.rows("valid"))
+    assert choice.cut is None
+    assert "different sizes" in choice.reason
+
+
+def test_the_head_for_masked_tokens_is_no_part_of_the_rest(labels: Dataset) -> None:
+    """Nothing reads it: it neither trains nor has sites, and is in the weights all the same."""
+    model = model_of(language("blocks", lm_head=True), labels)
+    adapt(model, FullFineTune())
+    assert not any("lm." in name for names in model.trunk.spec.sites.values() for name in names)
+    trains = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert "trunk.stages.layer_0.query.weight" in trains
+    assert not any(".lm." in name for name in trains)
+    assert "trunk.lm.decoder.weight" in model.state_dict()
 
 
 @torch.no_grad()

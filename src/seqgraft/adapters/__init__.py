@@ -23,6 +23,7 @@ from seqgraft.adapters.bottleneck import Houlsby
 from seqgraft.adapters.files import SavedAdapter, read_adapter, restore, save_adapter
 from seqgraft.adapters.freeze import FullFineTune, LinearProbe
 from seqgraft.adapters.lora import IA3, LoRA, Peft
+from seqgraft.adapters.prompt import Prompt
 from seqgraft.errors import ModelError
 from seqgraft.models.base import SequenceModel
 
@@ -37,6 +38,7 @@ __all__ = [
     "LinearProbe",
     "LoRA",
     "Peft",
+    "Prompt",
     "SavedAdapter",
     "adapt",
     "check_gradients",
@@ -50,7 +52,7 @@ __all__ = [
 
 #: Kind, as written in configurations and files -> adapter.
 ADAPTERS: dict[str, type[Adapter]] = {
-    adapter.kind: adapter for adapter in (LinearProbe, FullFineTune, LoRA, IA3, Houlsby, Peft)
+    adapter.kind: adapter for adapter in (LinearProbe, FullFineTune, LoRA, IA3, Houlsby, Peft, Prompt)
 }
 
 

@@ -7,6 +7,7 @@ weights. The adapters themselves are one file per family beside this one.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from seqgraft.errors import ModelError, Problems
 from seqgraft.models.base import SequenceModel, Trunk, trainable_state, weight_hash
+from seqgraft.models.masked import MaskedModel
 
 __all__ = [
     "Adapted",
@@ -49,15 +51,28 @@ class Adapter:
     Attributes:
         kind: the name in configurations and files.
         mergeable: can it be folded into the trunk's weights?
+        starts_as_identity: does the trunk give, before any training, what it gave without it? What does not is only
+            asked for finite numbers.
     """
 
     kind: ClassVar[str]
     mergeable: ClassVar[bool] = True
+    starts_as_identity: ClassVar[bool] = True
 
     @property
     def label(self) -> str:
         """The name in tables and figures."""
         raise NotImplementedError
+
+    @property
+    def size(self) -> int | None:
+        """The rank or width of what is added; None where there is none to choose."""
+        return None
+
+    @property
+    def method(self) -> str:
+        """The label without the size."""
+        return self.label
 
     def modules(self, trunk: Trunk) -> tuple[str, ...]:  # noqa: ARG002
         """Names, relative to the trunk, of the modules that it changes.
@@ -103,6 +118,7 @@ class Adapted:
         base: hashes of the weights below: "trunk", and one per pretrained head that is kept.
         frozen: checksum of each tensor that must not move.
         identity: largest relative change of the trunk's output on the probe when the adapter was put in.
+        trunk_bytes: what the trunk's parameters and buffers held before, in full precision.
     """
 
     adapter: Adapter
@@ -111,6 +127,7 @@ class Adapted:
     base: Mapping[str, str]
     frozen: Mapping[str, int]
     identity: float
+    trunk_bytes: int
 
 
 def adapt(model: SequenceModel, adapter: Adapter) -> Counts:
@@ -128,6 +145,7 @@ def adapt(model: SequenceModel, adapter: Adapter) -> Counts:
     base = {"trunk": weight_hash(trunk)}
     base |= {f"heads.{name}": weight_hash(head) for name, head in model.heads.items() if name.startswith(PRETRAINED)}
     own = list(trunk.parameters())
+    trunk_bytes = sum(tensor.nbytes for tensor in [*own, *trunk.buffers()])
     below = sum(p.numel() for p in model.parameters())
     names = adapter.modules(trunk)
     freeze(trunk)
@@ -145,8 +163,13 @@ def adapt(model: SequenceModel, adapter: Adapter) -> Counts:
             remedy="Choose another site",
         )
     adapter.apply(model)
+    lm = getattr(trunk, "lm", None)
+    if lm is not None and isinstance(model, MaskedModel):
+        _release(lm)
+    elif lm is not None:
+        freeze(lm)  # nothing reads it
     identity = relative_difference(before, probe(trunk)[0])
-    if not identity <= TOLERANCE:  # also catches NaN
+    if not identity <= (TOLERANCE if adapter.starts_as_identity else sys.float_info.max):  # also catches NaN
         raise ModelError(
             "the adapter does not start as the identity: before any training it changes the output by a fraction of",
             identity,
@@ -159,7 +182,7 @@ def adapt(model: SequenceModel, adapter: Adapter) -> Counts:
     count = {group: sum(p.numel() for p in parameters) for group, parameters in _grouped(model, groups).items()}
     counts = Counts(**count, total=below + count["adapter"])
     model.adapter = adapter
-    model.adapted = Adapted(adapter, counts, groups, base, _checksums(model), identity)
+    model.adapted = Adapted(adapter, counts, groups, base, _checksums(model), identity, trunk_bytes)
     model.train(model.training)
     return counts
 
@@ -197,6 +220,13 @@ def freeze(module: nn.Module) -> None:
     for inner in module.modules():
         inner.frozen = True  # type: ignore[assignment]  # a flag that models.base reads
     module.eval()
+
+
+def _release(module: nn.Module) -> None:
+    """The inverse of ``freeze``."""
+    module.requires_grad_(True)
+    for inner in module.modules():
+        inner.frozen = False  # type: ignore[assignment]  # a flag that models.base reads
 
 
 def modules_at(trunk: Trunk, where: Sequence[str], last: int | None = None) -> tuple[str, ...]:
@@ -251,7 +281,8 @@ def probe(trunk: Trunk, watch: Sequence[str] = ()) -> tuple[Tensor, set[str]]:
     Stages that crop are left out, so that a trunk of half a megabase is probed with a few hundred bases.
     """
     shortest = max(256, 8 * trunk.stride) + 2 * trunk.drops * trunk.spec.bin_size
-    length = trunk.spec.length or -(-shortest // trunk.stride) * trunk.stride
+    most = shortest if trunk.longest is None else min(shortest, trunk.longest // trunk.stride * trunk.stride)
+    length = trunk.spec.length or -(-most // trunk.stride) * trunk.stride
     codes = torch.randint(0, 4, (2, length), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     called: set[str] = set()
     hooks = [trunk.get_submodule(n).register_forward_pre_hook(lambda *_, n=n: called.add(n)) for n in watch]
@@ -364,7 +395,7 @@ def _groups(model: SequenceModel, own: Sequence[nn.Parameter]) -> dict[str, str]
     """Trainable parameter -> group; ``own`` are the parameters that the trunk had before."""
     of_trunk = {id(p) for p in own}
     return {
-        name: "head" if name.startswith("heads.") else "trunk" if id(p) in of_trunk else "adapter"
+        name: "head" if name.startswith(("heads.", "trunk.lm.")) else "trunk" if id(p) in of_trunk else "adapter"
         for name, p in model.named_parameters()
         if p.requires_grad
     }

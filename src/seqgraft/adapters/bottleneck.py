@@ -111,8 +111,15 @@ class Houlsby(Adapter):
 
     @property
     def label(self) -> str:
-        excite = "" if self.squeeze_excite is None else f" + squeeze-excite {self.squeeze_excite}"
-        return f"Houlsby {self.bottleneck}{excite}"
+        return self.method.replace("Houlsby", f"Houlsby {self.bottleneck}")
+
+    @property
+    def method(self) -> str:
+        return "Houlsby" + ("" if self.squeeze_excite is None else f" + squeeze-excite {self.squeeze_excite}")
+
+    @property
+    def size(self) -> int:
+        return self.bottleneck
 
     def modules(self, trunk: Trunk) -> tuple[str, ...]:
         sublayers, convs = modules_at(trunk, _SUBLAYERS), self._convs(trunk)

@@ -117,7 +117,7 @@ def read_adapter(folder: Path | str) -> SavedAdapter:
             settings=content["settings"],
             label=content["label"],
             base=content["base"],
-            tracks=TrackTable.build(content["tracks"]),
+            tracks=TrackTable.build(content["tracks"]) if content["tracks"] else TrackTable.none(),
             folds=content["folds"],
             tensors=_read_tensors(Path(folder) / "weights.safetensors"),
         )

@@ -8,21 +8,26 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Mapping, Sequence
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any, ClassVar, Literal
 
+import safetensors.torch
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from seqgraft.adapters.base import Adapter, check_types, explained, modules_at
-from seqgraft.errors import ConfigError, ModelError, Problems
+from seqgraft.adapters.base import Adapter, check_types, explained, freeze, modules_at
+from seqgraft.errors import ConfigError, ModelError, Problems, RunError
+from seqgraft.genome import cache_folder
 from seqgraft.models.base import SequenceModel, Trunk
 
-# It warns whenever peft is imported that an optional kernel was not fetched from the hub.
-logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+# They warn that an optional kernel was not fetched from the hub, and at every product that it is one of float16.
+for _name in ("bitsandbytes.backends.cpu.ops", "bitsandbytes.autograd._functions"):
+    logging.getLogger(_name).setLevel(logging.ERROR)
 
 __all__ = ["IA3", "LoRA", "Peft", "ScaledConv"]
 
@@ -38,7 +43,8 @@ class LoRA(Adapter):
         alpha: its scale is alpha / rank; twice the rank if None.
         where: sites; ``("conv",)`` is LoCon.
         dora: learn the norm of each output's weights apart from their direction (Liu et al. 2024).
-        quantize: hold the frozen linear layers of all sites in 4 bits ("nf4") or 8 ("int8"); needs ``seqgraft[quant]``.
+        quantize: hold the frozen linear layers of all sites in 4 bits ("nf4") or 8 ("int8", whose products are of
+            float16); needs ``seqgraft[quant]``. Merging puts the change on the layers as they were before.
         last: of the site "conv" only the last so many modules.
         dropout: on the input of A, in training.
         rslora: scale by alpha / sqrt(rank) instead.
@@ -78,10 +84,22 @@ class LoRA(Adapter):
 
     @property
     def label(self) -> str:
+        name, sites = self._names
+        return f"{name} r={self.rank}{sites}"
+
+    @property
+    def method(self) -> str:
+        return "".join(self._names)
+
+    @property
+    def size(self) -> int:
+        return self.rank
+
+    @property
+    def _names(self) -> tuple[str, str]:
         name = "DoRA" if self.dora else "LoCon" if set(self.where) == {"conv"} else "LoRA"
         name = f"Q{name} {self.quantize}" if self.quantize else name
-        sites = "" if name.startswith("LoCon") else f" ({', '.join(self.where)})"
-        return f"{name} r={self.rank}{sites}"
+        return name, "" if name.startswith("LoCon") else f" ({', '.join(self.where)})"
 
     def modules(self, trunk: Trunk) -> tuple[str, ...]:
         names = modules_at(trunk, self.where, self.last)
@@ -132,7 +150,7 @@ class LoRA(Adapter):
         trunk = model.trunk
         tensors = {name: p.detach() for name, p in trunk.named_parameters() if ".lora_" in name}
         device = next(iter(tensors.values())).device
-        for name, linear in vars(trunk).pop(_FULL_PRECISION).items():
+        for name, linear in vars(trunk).pop(_FULL_PRECISION).layers():
             trunk.set_submodule(name, linear.to(device))
         for name in modules_at(trunk, self.where, self.last):
             if hasattr(module := trunk.get_submodule(name), "get_base_layer"):
@@ -269,8 +287,16 @@ _REFUSED = {
     "ia3": "Use the adapter ia3",
     "adalora": "Its ranks change inside the training loop; use the adapter lora",
     "xlora": "It mixes adapters that exist already; use the adapter lora",
+    **dict.fromkeys(
+        ("prompt_tuning", "p_tuning", "multitask_prompt_tuning"),
+        "Use the adapter prompt: trained vectors before tokens",
+    ),
+    **dict.fromkeys(
+        ("prefix_tuning", "adaption_prompt", "cpt", "cartridge"),
+        "It needs a causal model of transformers; the adapter prompt puts trained vectors before tokens of any",
+    ),
 }
-_FULL_PRECISION = "full_precision"  # of a quantised trunk: name -> linear layer, kept in host memory for merging
+_FULL_PRECISION = "full_precision"  # of a quantised trunk: its linear layers as they were, for merging
 
 
 def _exactly(names: Sequence[str]) -> str:
@@ -341,14 +367,14 @@ def _lora_conv() -> type[nn.Module]:
 
 
 def _quantize(trunk: Trunk, names: Sequence[str], kind: str) -> None:
-    """Replaces linear layers by quantised ones; the full-precision ones stay in host memory."""
+    """Replaces linear layers by quantised ones; the full-precision ones go to disk."""
     try:
         import bitsandbytes
     except ImportError as error:
         what = "quantize needs the package bitsandbytes, which is not installed"
         raise ModelError(what, kind, remedy="pip install 'seqgraft[quant]'") from error
     layers: Any = bitsandbytes.nn
-    kept: dict[str, nn.Linear] = {}
+    kept = _OnDisk()
     for name in names:
         linear = trunk.get_submodule(name)
         assert isinstance(linear, nn.Linear)
@@ -360,5 +386,45 @@ def _quantize(trunk: Trunk, names: Sequence[str], kind: str) -> None:
             quantised = layers.Linear8bitLt(*shape, bias=bias, has_fp16_weights=False)
         quantised.load_state_dict(linear.state_dict())
         trunk.set_submodule(name, quantised.to(linear.weight.device))  # moving it is what quantises
-        kept[name] = linear.cpu()
+        kept.add(name, linear)
     vars(trunk)[_FULL_PRECISION] = kept
+
+
+class _OnDisk:
+    """Linear layers in a file without a name, which goes with this object: in memory they would undo the quantising."""
+
+    def __init__(self) -> None:
+        self._sizes: dict[str, int] = {}
+        with self._explained():
+            (folder := cache_folder()).mkdir(parents=True, exist_ok=True)
+            self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115  (open as long as the trunk is quantised)
+
+    def __deepcopy__(self, memo: object) -> _OnDisk:
+        return self  # nothing in it changes
+
+    def add(self, name: str, linear: nn.Linear) -> None:
+        content = safetensors.torch.save({part: tensor.cpu() for part, tensor in linear.state_dict().items()})
+        self._sizes[name] = len(content)
+        with self._explained():
+            self._file.write(content)
+            self._file.flush()
+
+    def layers(self) -> Iterator[tuple[str, nn.Linear]]:
+        """The layers by name, frozen, one at a time."""
+        self._file.seek(0)
+        for name, size in self._sizes.items():
+            tensors = safetensors.torch.load(self._file.read(size))
+            outputs, inputs = tensors["weight"].shape
+            linear = nn.Linear(inputs, outputs, bias="bias" in tensors, device="meta")
+            linear.load_state_dict(tensors, assign=True)
+            freeze(linear)
+            yield name, linear
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            what = f"the layers as they were before quantising cannot be kept on disk ({error.strerror})"
+            remedy = "Free some space, or point SEQGRAFT_CACHE to another folder"
+            raise RunError(what, str(cache_folder()), where="adapter lora", remedy=remedy) from error

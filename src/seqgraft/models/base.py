@@ -118,11 +118,13 @@ class Stage(nn.Module):
             every input (global).
         writes: skip name -> after how many steps it is kept.
         reads: skip name -> after how many steps it joins (and leaves the state).
+        ragged: how many positions its state has follows from more than the length of the input: nothing stores it.
     """
 
     steps: tuple[Step, ...] | None = None
     writes: Mapping[str, int] = {}
     reads: Mapping[str, int] = {}
+    ragged: bool = False
 
     def forward(self, state: State) -> State:
         raise NotImplementedError
@@ -243,7 +245,7 @@ class Trunk(_StaysFrozen):
     stages: nn.ModuleDict
     #: What ``build`` needs to make this trunk again: plain values, as they stand in ``model.json`` and YAML.
     settings: Mapping[str, Any]
-    #: bp per bin where the data do not ask for a size: labels, whose bins are pooled.
+    #: bp per bin where the data do not ask for a size: labels, whose bins are pooled. 0: one bin, the mean over all bp.
     label_bin_size: ClassVar[int] = 16
     #: Whether its weights are good for bins of any size.
     any_bin_size: ClassVar[bool] = False
@@ -253,6 +255,8 @@ class Trunk(_StaysFrozen):
     drops: int = 0
     #: Input lengths are padded to a multiple of this many bp.
     stride: int = 1
+    #: bp of the longest input that it takes; None: any, or the input's bases decide.
+    longest: int | None = None
     #: Recompute each stage in the backward pass instead of keeping its activations.
     checkpointing: bool = False
 
@@ -344,17 +348,25 @@ class Head(nn.Module):
     Args:
         tracks: the tracks, all of one group.
         channels: features per bin.
-        pool: "none" keeps the bins; "mean" or "max" pools the valid bins into one, for labels.
+        pool: "none" keeps the bins; "mean" or "max" pools the valid bins into one, for labels; "attention" takes their
+            mean with weights ``softmax(a x)`` over the bins, a learned and zero at first.
         covariates: how many covariates per example join the features.
     """
 
     def __init__(
-        self, tracks: TrackTable, channels: int, pool: Literal["none", "mean", "max"] = "none", covariates: int = 0
+        self,
+        tracks: TrackTable,
+        channels: int,
+        pool: Literal["none", "mean", "max", "attention"] = "none",
+        covariates: int = 0,
     ) -> None:
         super().__init__()
         self.tracks, self.pool = tracks, pool
         self.link = str(tracks.frame["link"].iloc[0])
         self.out = nn.Conv1d(channels, len(tracks), 1)
+        self.attend = nn.Conv1d(channels, 1, 1, bias=False) if pool == "attention" else None
+        if self.attend is not None:
+            nn.init.zeros_(self.attend.weight)
         self.covariates = nn.Linear(covariates, len(tracks), bias=False) if covariates else None
         if self.covariates is not None:
             nn.init.zeros_(self.covariates.weight)
@@ -366,6 +378,11 @@ class Head(nn.Module):
             x = mean_of_valid(state)
         elif self.pool == "max":
             x = state.masked(float("-inf")).amax(-1, keepdim=True)
+        elif self.attend is not None:
+            scores = self.attend(x)
+            if state.valid is not None:
+                scores = scores.masked_fill(~state.valid[:, None], float("-inf"))
+            x = (x * scores.softmax(-1)).sum(-1, keepdim=True)
         values: Tensor = self.out(x)
         if self.covariates is not None:
             if "covariates" not in sample.covariates:
@@ -400,6 +417,28 @@ def apply_link(values: Tensor, link: str) -> Tensor:
     return values.softmax(dim=1) if link == "softmax" else values
 
 
+def undo_link(predictions: Tensor, link: str) -> Tensor:
+    """The inverse of ``apply_link``, up to a constant for a softmax."""
+    if link == "softplus":
+        return predictions + torch.log(-torch.expm1(-predictions.clamp(min=1e-12)))
+    if link == "sigmoid":
+        return torch.logit(predictions, eps=1e-7)
+    return torch.log(predictions.clamp(min=1e-12)) if link == "softmax" else predictions
+
+
+def mean_of_haplotypes(values: Tensor, haplotypes: Tensor | None) -> Tensor:
+    """The mean over each example's haplotypes, ``(batch, ...)``, of values of distinct ones, ``(sequences, ...)``.
+
+    Args:
+        haplotypes: ``Sample.haplotypes``; None where every example is one sequence.
+    """
+    if haplotypes is None:
+        return values
+    there = (haplotypes >= 0).to(values.dtype)
+    weights = (there / there.sum(1, keepdim=True))[..., *[None] * (values.dim() - 1)]
+    return (values[haplotypes.clamp(min=0)] * weights).sum(1)
+
+
 class SequenceModel(_StaysFrozen):
     """A trunk and its heads.
 
@@ -432,7 +471,19 @@ class SequenceModel(_StaysFrozen):
         """The heads on the trunk's last state: values before the link ``(batch, tracks, bins)``."""
         values = [head(state, sample) for head in self.heads.values()]
         joined = values[0] if len(values) == 1 else torch.cat(values, dim=1)
-        return joined if self._in_order else joined[:, self._order]
+        ordered = joined if self._in_order else joined[:, self._order]
+        return ordered if sample.haplotypes is None else self._of_donors(ordered, sample.haplotypes)
+
+    def _of_donors(self, values: Tensor, haplotypes: Tensor) -> Tensor:
+        """A donor's prediction is the mean of those of its haplotypes, after the link; here as values before it."""
+        links = self.tracks.links
+        if set(links) == {"identity"}:
+            return mean_of_haplotypes(values, haplotypes)
+        mean = mean_of_haplotypes(self.link(values), haplotypes)
+        parts = torch.empty_like(mean)
+        for index in self.tracks.groups.values():
+            parts[:, index] = undo_link(mean[:, index], links[index[0]])
+        return parts
 
     def link(self, values: Tensor) -> Tensor:
         """Predictions on the model's (squashed) scale, ``(batch, tracks, bins)``; computed in float32."""

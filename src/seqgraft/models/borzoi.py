@@ -30,9 +30,9 @@ from torch.utils.checkpoint import checkpoint
 
 from seqgraft.errors import ModelError
 from seqgraft.models.base import Span, Stage, State, Step, Trunk, TrunkSpec
-from seqgraft.models.stages import Crop, max_pool
+from seqgraft.models.stages import Crop, max_pool, rotary_frequencies, rotated
 
-__all__ = ["FLASHZOI", "Borzoi", "bucket_rows", "relative_attention", "rotary_frequencies", "rotated"]
+__all__ = ["FLASHZOI", "Borzoi", "bucket_rows", "relative_attention"]
 
 _NORM_EPSILON = 1e-3
 #: Queries whose attention is computed at a time: memory is this many times the positions, not their square.
@@ -351,27 +351,6 @@ class _Rotary(nn.Module):
         )
         attended: Tensor = self.output(mixed.transpose(1, 2).reshape(batch, stop - start, channels))
         return attended
-
-
-def rotary_frequencies(size: int, base: float, device: torch.device | None = None) -> Tensor:
-    """Radians per position ``base ** (-2i / size)``, i = 0..size/2 - 1, of the planes that are rotated, in float32.
-
-    Su et al. 2021, "RoFormer: enhanced transformer with rotary position embedding", section 3.2.2.
-    """
-    return 1.0 / base ** (torch.arange(0, size, 2, device=device, dtype=torch.float32) / size)
-
-
-def rotated(x: Tensor, angles: Tensor) -> Tensor:
-    """``x`` ``(..., n, size)`` with plane i of position p, its numbers i and i + planes, turned by ``angles[p, i]``.
-
-    As flash-attention's rotary embedding that does not interleave: in float32 or better, and what exceeds the
-    planes stays. ``angles``: ``(n, planes)``.
-    """
-    planes = angles.shape[-1]
-    cos, sin = angles.cos(), angles.sin()
-    first, second, rest = x[..., :planes], x[..., planes : 2 * planes], x[..., 2 * planes :]
-    turned = [first * cos - second * sin, first * sin + second * cos]
-    return torch.cat([*(part.to(x.dtype) for part in turned), rest], dim=-1)
 
 
 def mask_widths(count: int, positions: int) -> tuple[float, ...]:

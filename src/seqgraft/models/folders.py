@@ -9,17 +9,18 @@
       card.md               for people
 
 A name is one of the models that come with the package (``seqgraft models``), the path of such a folder, the id of a
-repository of the Hugging Face hub (which becomes such a folder, once, in the cache), or an architecture (``convnet``)
-with random weights.
+repository of the Hugging Face hub or the path of a folder as it has them (which becomes such a folder, once, in the
+cache), or an architecture (``convnet``) with random weights.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -30,14 +31,16 @@ from safetensors.torch import save_file
 from seqgraft.data.dataset import DatasetInfo, new_folder, write_json
 from seqgraft.errors import ConfigError, ModelError, RunError
 from seqgraft.genome import cache_folder
+from seqgraft.models.automodel import AutoTrunk
 from seqgraft.models.base import Head, SequenceModel, Trunk, weight_hash
 from seqgraft.models.borzoi import Borzoi
 from seqgraft.models.convnet import ConvNet
 from seqgraft.models.enformer import Enformer
 from seqgraft.models.hub import is_hub_id, licence_of, load_published
-from seqgraft.models.huggingface import Loaded
+from seqgraft.models.huggingface import WEIGHTS, Loaded
 from seqgraft.models.language import Language
-from seqgraft.models.reading import read_tensors
+from seqgraft.models.reading import file_sha256, read_tensors
+from seqgraft.models.remote_code import check_commit
 from seqgraft.models.wrap import ModuleSpec, WrappedTrunk, trunk_class
 from seqgraft.tracks import TrackTable
 
@@ -67,7 +70,13 @@ _ENTRIES: Mapping[str, type] = {
 }
 
 #: Architecture -> class. A new trunk is registered here, and the contract tests find it.
-TRUNKS: dict[str, type[Trunk]] = {"convnet": ConvNet, "borzoi": Borzoi, "enformer": Enformer, "language": Language}
+TRUNKS: dict[str, type[Trunk]] = {
+    "convnet": ConvNet,
+    "borzoi": Borzoi,
+    "enformer": Enformer,
+    "language": Language,
+    "transformers": AutoTrunk,
+}
 
 
 @dataclass(frozen=True)
@@ -106,34 +115,57 @@ def bundled_models() -> dict[str, Pretrained]:
     return {path.parent.name: _read_folder(path.parent) for path in sorted(folder.glob("*/model.json"))}
 
 
-def find_model(name: str, revision: str | None = None) -> Pretrained | None:
+def find_model(
+    name: str, revision: str | None = None, species: str | None = None, remote_code: str | None = None
+) -> Pretrained | None:
     """The pretrained model of that name, path or hub id; None if it names an architecture.
 
-    A hub id is converted to a model folder in the cache at its first use, and read from there ever after.
+    A hub id, or a folder as the hub has them, is converted to a model folder in the cache at its first use, and read
+    from there ever after.
 
     Args:
         revision: the full commit of a hub id's repository.
+        species: whose token stands before each sequence, for models that have such tokens.
+        remote_code: the full commit whose Python files may run, for models that are made by code of their repository.
 
     Raises:
-        ConfigError: there is no such model; a hub id without a commit, or a commit without a hub id.
+        ConfigError: there is no such model; a hub id without a commit, or a commit without a hub id; a species that
+            the model does not know, or none where it needs one.
         ModelError: weights that cannot be downloaded or do not fit.
     """
-    bundled = bundled_models()
-    if name not in TRUNKS and name not in bundled and not (Path(name) / "model.json").exists() and is_hub_id(name):
-        return _read_folder(_converted(name, revision))
+    check_commit(remote_code)
+    found = _find(name, revision, species, remote_code)
+    own = found.content["settings"].get("species", "") if found else ""
+    if species is not None and species != own:
+        remedy = f"It was made for {own}: name that, or leave it out" if own else "It has none at all: leave it out"
+        raise ConfigError("the model has no token for the species", species, where="model.species", remedy=remedy)
+    if remote_code is not None and (found is None or not found.content["settings"].get("code")):
+        what = "the model needs no code of its repository"
+        raise ConfigError(what, remote_code, where="model.remote_code", remedy="Leave it out")
+    return found
+
+
+def _find(name: str, revision: str | None, species: str | None, remote_code: str | None) -> Pretrained | None:
+    bundled, ours = bundled_models(), (Path(name) / "model.json").exists()
+    foreign = name not in TRUNKS and name not in bundled and not ours
+    if foreign and is_hub_id(name) and not Path(name).is_dir():
+        return _read_folder(_converted(name, revision, species, remote_code))
     if revision is not None:
         raise ConfigError("only a hub id has a revision", revision, where="model.revision", remedy="Leave it out")
+    if foreign and (Path(name) / "config.json").exists():
+        return _read_folder(_converted_folder(Path(name), species, remote_code))
     if name in TRUNKS:
         return None
     if name in bundled:
         return bundled[name]
-    if (Path(name) / "model.json").exists():
+    if ours:
         return _read_folder(Path(name))
-    remedy = f"Choose one of {sorted([*bundled, *TRUNKS])}, the path of a folder with a model.json, or a hub id"
+    paths = "the path of a folder with a model.json, or with a config.json and weights as the hub has them"
+    remedy = f"Choose one of {sorted([*bundled, *TRUNKS])}, {paths}, or a hub id"
     raise ConfigError("there is no such model", name, where="model.name", remedy=remedy)
 
 
-def _converted(name: str, revision: str | None) -> Path:
+def _converted(name: str, revision: str | None, species: str | None, remote_code: str | None) -> Path:
     """The model folder in the cache of a repository's commit, made if need be."""
     if not re.fullmatch(r"[0-9a-f]{40}", revision or ""):
         raise ConfigError(
@@ -142,15 +174,49 @@ def _converted(name: str, revision: str | None) -> Path:
             where="model.revision",
             remedy="Give the 40 digits of a commit, from the repository's history on the hub",
         )
-    folder = cache_folder() / "models" / name.replace("/", "--") / str(revision)
-    if not (folder / "model.json").exists():
-        loaded = load_published(name, revision=revision)
-        try:
-            convert_published(loaded, folder, name=name, licence=licence_of(name), source=name, revision=revision)
-        except RunError:
-            if not (folder / "model.json").exists():  # else another process was faster, with the same result
-                raise
+    folder = cache_folder() / "models" / name.replace("/", "--") / _variant(str(revision), species, remote_code)
+    _convert_once(folder, name, source=name, revision=revision, species=species, remote_code=remote_code)
     return folder
+
+
+def _converted_folder(source: Path, species: str | None, remote_code: str | None) -> Path:
+    """The model folder in the cache of a folder as the hub has them, made if need be: one for each content."""
+    described = sorted(path for path in source.iterdir() if path.suffix in (".json", ".txt", ".py"))
+    files = [*described, *(source / name for name in WEIGHTS if (source / name).exists())]
+    hashes = [f"{path.name} {_file_hash(path, path.stat().st_size, path.stat().st_mtime_ns)}" for path in files]
+    key = hashlib.sha256("\n".join(hashes).encode()).hexdigest()[:32]
+    folder = cache_folder() / "models" / "folders" / _variant(key, species, remote_code)
+    _convert_once(folder, source.resolve().name, source=str(source), species=species, remote_code=remote_code)
+    return folder
+
+
+@cache
+def _file_hash(path: Path, size: int, time: int) -> str:  # noqa: ARG001  (a file that changes is another)
+    return file_sha256(path)
+
+
+def _variant(key: str, species: str | None, remote_code: str | None) -> str:
+    key = key if species is None else f"{key}-{species.replace('/', '--')}"
+    return key if remote_code is None else f"{key}-code-{remote_code}"
+
+
+def _convert_once(
+    folder: Path,
+    name: str,
+    *,
+    source: str,
+    revision: str | None = None,
+    species: str | None = None,
+    remote_code: str | None = None,
+) -> None:
+    if (folder / "model.json").exists():
+        return
+    loaded = load_published(source, revision=revision, species=species, remote_code=remote_code)
+    try:
+        convert_published(loaded, folder, name=name, licence=licence_of(source), source=source, revision=revision)
+    except RunError:
+        if not (folder / "model.json").exists():  # else another process was faster, with the same result
+            raise
 
 
 def is_like(value: object, default: object) -> bool:
@@ -279,12 +345,14 @@ def save_model(
     citation: str,
     trained_on: pd.DataFrame | None,
     card: str,
+    half: bool = False,
     **facts: object,
 ) -> None:
     """Writes a model folder from a model without adapters (merge first).
 
     Args:
         trained_on: regions (chrom, start, end, fold) that the weights were fitted to, for leak checks.
+        half: round the model's numbers to bfloat16, and store them so; they are read as float32.
         facts: anything else that ``model.json`` should record.
     """
     trunk = model.trunk
@@ -293,7 +361,11 @@ def save_model(
         remedy = "Register it, and build it by its name"
         raise ModelError("only a registered trunk can be saved as a model", trunk.spec.name, remedy=remedy)
     with new_folder(Path(folder)) as building:
+        if half:
+            _round(model)
         tensors = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
+        if half:
+            tensors = {key: t.bfloat16() if t.is_floating_point() else t for key, t in tensors.items()}
         save_file(tensors, building / "weights.safetensors")
         if trained_on is not None:
             trained_on[["chrom", "start", "end", "fold"]].to_csv(
@@ -309,7 +381,7 @@ def save_model(
                 "name": name,
                 "architecture": architecture,
                 "settings": dict(trunk.settings),
-                "bin_size": trunk.spec.bin_size,
+                "bin_size": trunk.spec.bin_size or info.bin_size,  # one bin of whatever there is
                 "window": info.window,
                 "bins": info.bins,
                 "genome": (info.genome or {}).get("hash"),
@@ -324,3 +396,11 @@ def save_model(
                 **facts,
             },
         )
+
+
+@torch.no_grad()
+def _round(model: SequenceModel) -> None:
+    """Every floating-point number becomes one that bfloat16 has; the weights' hash is of what will be read."""
+    for tensor in model.state_dict().values():
+        if tensor.is_floating_point():
+            tensor.copy_(tensor.bfloat16())

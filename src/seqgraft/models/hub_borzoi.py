@@ -17,9 +17,10 @@ from torch import Tensor
 
 from seqgraft.errors import ModelError
 from seqgraft.models.base import with_spec
-from seqgraft.models.borzoi import Borzoi, bucket_rows, mask_widths, rotary_frequencies
+from seqgraft.models.borzoi import Borzoi, bucket_rows, mask_widths
 from seqgraft.models.huggingface import Loaded, Tracks, find_folder, make_heads, read_config, read_weights
 from seqgraft.models.reading import LoadReport, Place, file_sha256, fill
+from seqgraft.models.stages import rotary_frequencies
 
 __all__ = ["load_borzoi"]
 

@@ -26,9 +26,21 @@ from seqgraft.models.base import Head, Trunk
 from seqgraft.models.reading import LoadReport, Place, read_tensors
 from seqgraft.tracks import TrackTable
 
-__all__ = ["Loaded", "Tracks", "find_folder", "is_hub_id", "make_heads", "read_config", "read_weights"]
+__all__ = [
+    "WEIGHTS",
+    "Loaded",
+    "Tracks",
+    "find_code",
+    "find_folder",
+    "is_hub_id",
+    "make_heads",
+    "read_config",
+    "read_weights",
+    "refusals",
+]
 
-_FILES = ("model.safetensors", "pytorch_model.bin")
+#: Files of weights, of which the first that is there is read.
+WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 
 #: Tables of tracks by the name of their head; "" names the only one. None: tracks without names or units.
 Tracks = Mapping[str, TrackTable] | None
@@ -77,26 +89,45 @@ def find_folder(source: str | Path, revision: str | None = None, more: Sequence[
     if not re.fullmatch(r"[0-9a-f]{40}", revision or ""):
         remedy = "Give the 40 digits of a commit, from the repository's history on the hub"
         raise ConfigError("a hub id needs the commit that is meant", revision, where=str(source), remedy=remedy)
+    for weights in WEIGHTS:  # one of them, where a repository has both
+        folder = _download(str(source), revision, ["config.json", weights, *more])
+        if (folder / weights).exists():
+            break
+    return folder
+
+
+def find_code(repository: str, commit: str) -> Path:
+    """The snapshot of a repository's Python files in the local cache, downloaded if need be; none is run.
+
+    Raises:
+        ModelError: it cannot be downloaded.
+    """
+    return _download(repository, commit, ["*.py"])
+
+
+def _download(repository: str, commit: str | None, wanted: list[str]) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError
 
     try:
-        for weights in _FILES:  # one of them, where a repository has both
-            wanted = ["config.json", weights, *more]
-            folder = Path(snapshot_download(str(source), revision=revision, allow_patterns=wanted))
-            if (folder / weights).exists():
-                break
-        return folder
+        return Path(snapshot_download(repository, revision=commit, allow_patterns=wanted))
     except (OSError, ValueError, HfHubHTTPError) as error:
         raise ModelError(
             f"the repository cannot be downloaded ({type(error).__name__}: {error})",
-            where=str(source),
+            where=repository,
             remedy="Check name, commit and network, or copy the files into a folder and give its path",
         ) from error
 
 
+def refusals() -> tuple[type[Exception], ...]:
+    """What classes of transformers raise where a description makes no model."""
+    from huggingface_hub.errors import StrictDataclassError
+
+    return (TypeError, ValueError, KeyError, AttributeError, ZeroDivisionError, StrictDataclassError)
+
+
 def read_config(folder: Path, *model_types: str) -> dict[str, Any]:
-    """What ``config.json`` says, of a model of one of the given types.
+    """What ``config.json`` says, of a model of one of the given types, or of any if none is given.
 
     Raises:
         ModelError: no such file, not JSON, or a model of another type.
@@ -110,7 +141,9 @@ def read_config(folder: Path, *model_types: str) -> dict[str, Any]:
         raise ModelError(
             f"the file is not valid JSON ({error})", where=path, remedy="Copy or download it again"
         ) from error
-    if not isinstance(config, dict) or config.get("model_type") not in model_types:
+    if isinstance(config, dict) and "alibi_starting_size" in config:  # DNABERT-2, whose description has no type
+        config.setdefault("model_type", "bert")
+    if not isinstance(config, dict) or (model_types and config.get("model_type") not in model_types):
         found = config.get("model_type") if isinstance(config, dict) else type(config).__name__
         remedy = f"model_type must be {' or '.join(model_types)}"
         raise ModelError("the folder holds another model", found, where=path, remedy=remedy)
@@ -123,9 +156,9 @@ def read_weights(folder: Path) -> tuple[Path, dict[str, Tensor]]:
     Raises:
         ModelError: none is there; it is truncated, or holds more than tensors.
     """
-    path = next((folder / name for name in _FILES if (folder / name).exists()), None)
+    path = next((folder / name for name in WEIGHTS if (folder / name).exists()), None)
     if path is None:
-        raise ModelError("the weights are missing", list(_FILES), where=folder, remedy="Copy the whole folder")
+        raise ModelError("the weights are missing", list(WEIGHTS), where=folder, remedy="Copy the whole folder")
     if path.suffix == ".safetensors":
         return path, read_tensors(path)
     again = "The file may be truncated: copy or download it again"

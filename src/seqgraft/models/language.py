@@ -1,7 +1,7 @@
-"""DNA language models: trunks of transformers' BERT (DNABERT, SpeciesLM) and ESM (Nucleotide Transformer v1) families.
+"""DNA language models as trunks: DNABERT, SpeciesLM, DNABERT-2 and the Nucleotide Transformers.
 
-The layers are written out here, so that padding, adapters and freezing work as in every other trunk; their numbers are
-those of transformers' own models, whose checkpoints ``hub_language.py`` reads.
+The layers are our own (``encoder.py``), so that padding, adapters and freezing work as in every other trunk; their
+numbers are those of the published models, whose checkpoints ``hub_language.py`` reads.
 
 ::
 
@@ -9,11 +9,13 @@ those of transformers' own models, whose checkpoints ``hub_language.py`` reads.
                            |________ tokens, bins (skips) _____________|
 
 Between embeddings and final, positions are tokens. Vocabularies are brought into one order when weights are read, so
-that the settings of a trunk say everything about its tokens.
+that the settings of a trunk say everything about its tokens; byte pairs keep the order of their ``tokenizer.json``,
+whose text is a setting.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from itertools import product
 from typing import Any
@@ -23,40 +25,49 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from seqgraft.errors import ModelError, Problems
-from seqgraft.models.base import Span, Stage, State, Trunk, TrunkSpec
+from seqgraft.models.base import Stage, State, Trunk, TrunkSpec
+from seqgraft.models.encoder import FAMILIES, Layer
+from seqgraft.models.masked import HIDDEN, MaskedHead, with_hidden
 from seqgraft.models.stages import Crop
-from seqgraft.models.tokens import Blocks, Overlapping, Tokens, Vocabulary, to_bins
+from seqgraft.models.tokens import Blocks, BytePairs, Overlapping, Tokens, known_bins, to_bins
+from seqgraft.models.vocabulary import Vocabulary
 from seqgraft.sequence import PAD, N
 
-__all__ = ["FAMILIES", "Language", "pieces"]
+__all__ = ["KINDS", "Language", "pieces"]
 
-FAMILIES = ("bert", "esm")
-_KINDS: Mapping[str, type[Overlapping] | type[Blocks]] = {"overlapping": Overlapping, "blocks": Blocks}
+KINDS = ("overlapping", "blocks", "byte_pairs")
 _BESIDE = {"tokens": 0, "bins": 0}  # what the last stage reads of the first
 
 
 class Language(Trunk):
-    """A transformer encoder on tokens of bases, with learned absolute positions.
+    """A transformer encoder on tokens of bases.
 
     Args:
-        family: "bert", which normalises after each sublayer, or "esm", which does before.
-        tokens: "overlapping" k-mers, one base apart, or "blocks" of them side by side.
-        k: bases of a token.
+        family: of its layers, see ``encoder.FAMILIES``: "bert", "esm", "mosaic" or "esm_rotary".
+        tokens: "overlapping" k-mers, one base apart, "blocks" of them side by side, or "byte_pairs".
+        k: bases of a token; of byte pairs, about how many it has.
         before, after: how many special tokens stand at the two ends of a sequence.
         channels, depth, heads, hidden: width, layers, attention heads, width inside the feed-forward part.
-        positions: how many tokens it takes, special ones included.
+        positions: how many tokens it takes, special ones included; where positions are not learned, how many it was
+            trained with, and any number will do.
         embedding_norm: normalise the sum of token and position vectors.
-        embedding_scale: of the token vectors.
+        embedding_scale: of the token vectors; if it is not 1, hidden tokens are zeros, as if dropped, and the others
+            are scaled to make up for them (ESM's token dropout).
         dropout, attention_dropout: rates while training.
         eps: of the layer norms.
-        bin_size: bp per bin of the output: any.
+        species: whose token stands before each sequence, for the record.
+        truncate: drop bases that no token stands for, instead of refusing them.
+        bin_size: bp per bin of the output: any; 0 makes one bin of the whole sequence, the mean over its bases.
         crop: bins dropped at each end of the output.
+        lm_head: with a head that predicts masked tokens (``lm``), which stands beside the chain of stages.
+        tokenizer: text of the ``tokenizer.json`` of byte pairs.
 
     Raises:
         ModelError: an unknown family or kind of tokens, or sizes that do not divide.
     """
 
     any_bin_size = True
+    label_bin_size = 0
 
     def __init__(
         self,
@@ -75,6 +86,10 @@ class Language(Trunk):
         dropout: float = 0.1,
         attention_dropout: float = 0.1,
         eps: float = 1e-12,
+        species: str = "",
+        truncate: bool = False,
+        lm_head: bool = False,
+        tokenizer: str = "",
         bin_size: int = 16,
         crop: int = 0,
     ) -> None:
@@ -95,23 +110,32 @@ class Language(Trunk):
             "dropout": dropout,
             "attention_dropout": attention_dropout,
             "eps": eps,
+            "species": species,
+            "truncate": truncate,
+            "lm_head": lm_head,
+            "tokenizer": tokenizer,
         }
         _check(self.settings, bin_size)
-        self.stride = bin_size
-        tokeniser = _KINDS[tokens](_vocabulary(tokens, k, before, after, positions), k)
-        bert = family == "bert"
-        embeddings = _Embeddings(tokeniser, channels, positions, bin_size, embedding_scale)
-        embeddings.segment = nn.Embedding(1, channels) if bert else None
+        self.stride = max(1, bin_size)
+        facts = FAMILIES[family]
+        tokeniser = _tokeniser(self.settings, positions if facts.positions == "learned" else None)
+        self.longest = tokeniser.longest
+        embeddings = _Embeddings(tokeniser, channels, bin_size, embedding_scale)
+        embeddings.positions = nn.Embedding(positions, channels) if facts.positions == "learned" else None
+        embeddings.segment = None if facts.norm_first else nn.Embedding(1, channels)
         embeddings.norm = nn.LayerNorm(channels, eps=eps) if embedding_norm else None
-        embeddings.dropout = nn.Dropout(dropout if bert else 0.0)
+        embeddings.dropout = nn.Dropout(0.0 if facts.norm_first else dropout)
         embeddings.reset_parameters()
         stages: dict[str, Stage] = {"embeddings": embeddings}
         for i in range(depth):
-            stages[f"layer_{i}"] = _Layer(channels, heads, hidden, not bert, (dropout, attention_dropout), eps)
-        stages["final"] = _Final(bin_size, None if bert else nn.LayerNorm(channels, eps=eps))
+            stages[f"layer_{i}"] = Layer(family, channels, heads, hidden, (dropout, attention_dropout), eps)
+        for stage in stages.values():
+            stage.ragged = tokens == "byte_pairs"
+        stages["final"] = _Final(bin_size, nn.LayerNorm(channels, eps=eps) if facts.norm_first else None)
         stages["crop"] = Crop(crop)
         self.stages = nn.ModuleDict(stages)
         self.spec = TrunkSpec(name="language", channels=channels, bin_size=bin_size, sites=self._sites())
+        self.lm = MaskedHead(channels, len(tokeniser.vocabulary.ids), eps) if lm_head else None
 
     def _sites(self) -> dict[str, tuple[str, ...]]:
         ends = {
@@ -120,33 +144,64 @@ class Language(Trunk):
             "norm": (".norm", ".attention_norm", ".feedforward_norm"),
         }
         ends |= {f"{site}{end}": (end,) for site in ("attention", "feedforward") for end in ends[site]}
-        return {
-            site: tuple(name for name, _ in self.named_modules() if name.endswith(end)) for site, end in ends.items()
-        }
+        names = [f"stages.{name}" for name, _ in self.stages.named_modules()]  # the head for masked tokens has none
+        return {site: tuple(name for name in names if name.endswith(end)) for site, end in ends.items()}
 
 
 def _check(settings: Mapping[str, Any], bin_size: int) -> None:
     problems = Problems(ModelError)
-    for name, known in (("family", FAMILIES), ("tokens", tuple(_KINDS))):
+    for name, known in (("family", tuple(FAMILIES)), ("tokens", KINDS)):
         if settings[name] not in known:
             problems.add(f"there is no such {name}", settings[name], where="language", remedy=f"Choose one of {known}")
     for name in ("k", "channels", "depth", "heads", "hidden", "positions"):
         if settings[name] < 1:
             problems.add(f"{name} must be 1 or more", settings[name], where="language")
-    if bin_size < 1:
-        problems.add("bins must be 1 bp or more", bin_size, where="language")
+    if bin_size < 0:
+        problems.add("bins must be 1 bp or more, or 0 for one", bin_size, where="language")
     if settings["heads"] > 0 and settings["channels"] % settings["heads"]:
         what = f"the channels must be a multiple of the heads, {settings['heads']}"
         problems.add(what, settings["channels"], where="language")
+    if (settings["tokens"] == "byte_pairs") != bool(settings["tokenizer"]):
+        what = "byte pairs, and no other tokens, need the text of a tokenizer.json as tokenizer"
+        problems.add(what, settings["tokens"], where="language")
     problems.raise_if_any()
 
 
-def _vocabulary(tokens: str, k: int, before: int, after: int, limit: int) -> Vocabulary:
-    """The one order: unknown, padding, special tokens of the two ends, k-mers, and of blocks the single bases and N."""
+def _tokeniser(settings: Mapping[str, Any], limit: int | None) -> Overlapping | Blocks | BytePairs:
+    if settings["tokens"] == "byte_pairs":
+        return BytePairs.of(_byte_pairs(settings["tokenizer"], limit), settings["tokenizer"], settings["truncate"])
+    kind: type[Overlapping] | type[Blocks] = Overlapping if settings["tokens"] == "overlapping" else Blocks
+    words = _vocabulary(settings["tokens"], settings["k"], settings["before"], settings["after"], limit)
+    return kind(words, settings["k"], settings["truncate"])
+
+
+def _vocabulary(tokens: str, k: int, before: int, after: int, limit: int | None) -> Vocabulary:
+    """The one order: unknown, padding, special tokens of the two ends, mask, k-mers; of blocks also single bases, N."""
     special = ["[UNK]", "[PAD]", *(f"[BEFORE {i}]" for i in range(before)), *(f"[AFTER {i}]" for i in range(after))]
-    names = [*special, *pieces(tokens, k)]
+    names = [*special, "[MASK]", *pieces(tokens, k)]
     first, last = tuple(range(2, 2 + before)), tuple(range(2 + before, len(special)))
     return Vocabulary({name: i for i, name in enumerate(names)}, 0, 1, first, last, limit=limit)
+
+
+def _byte_pairs(text: str, limit: int | None) -> Vocabulary:
+    """The tokens of a ``tokenizer.json`` in the order of their ids; the one for what is hidden is called [MASK].
+
+    Raises:
+        ModelError: it is no such file, or lacks tokens that are needed.
+    """
+    remedy = "Give the whole text of a tokenizer.json with a vocabulary, added tokens included"
+    try:
+        described = json.loads(text)
+        found = dict(described["model"]["vocab"]) | {t["content"]: t["id"] for t in described.get("added_tokens", ())}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ModelError("the tokens cannot be read", text[:40], where="language.tokenizer", remedy=remedy) from error
+    names = ["[MASK]" if name == "<mask>" else name for name in sorted(found, key=lambda name: int(found[name]))]
+    if sorted(found.values()) != list(range(len(found))):
+        raise ModelError("the ids of the tokens have gaps", len(found), where="language.tokenizer", remedy=remedy)
+    for role in (("[UNK]", "<unk>"), ("[PAD]", "<pad>"), ("[MASK]",)):
+        if not set(role) & set(names):
+            raise ModelError("the tokens lack a special one", role[0], where="language.tokenizer", remedy=remedy)
+    return Vocabulary.of(names, limit=limit)
 
 
 def pieces(tokens: str, k: int) -> list[str]:
@@ -162,17 +217,16 @@ class _Embeddings(Stage):
     """
 
     writes = _BESIDE
+    reads = {HIDDEN: 0}
+    positions: nn.Embedding | None
     segment: nn.Embedding | None  # what BERT adds to all tokens of one segment
     norm: nn.LayerNorm | None
     dropout: nn.Dropout
 
-    def __init__(
-        self, tokeniser: Overlapping | Blocks, channels: int, positions: int, bin_size: int, scale: float
-    ) -> None:
+    def __init__(self, tokeniser: Overlapping | Blocks | BytePairs, channels: int, bin_size: int, scale: float) -> None:
         super().__init__()
         self.tokeniser, self.bin_size, self.scale = tokeniser, bin_size, scale
         self.tokens = nn.Embedding(len(tokeniser.vocabulary.ids), channels)
-        self.positions = nn.Embedding(positions, channels)
 
     def reset_parameters(self) -> None:
         """Normal with a standard deviation of 0.02, as BERT begins (Devlin et al. 2019)."""
@@ -185,31 +239,44 @@ class _Embeddings(Stage):
         found = self.tokeniser.encode(codes, lengths)
         more = max(0, self._usual(codes.shape[1]) - found.ids.shape[1])  # so that the shape says how many there are
         ids = functional.pad(found.ids, (0, more), value=self.tokeniser.vocabulary.padding)
-        place = torch.arange(ids.shape[1], device=ids.device).clamp(max=self.positions.num_embeddings - 1)
-        x = self.tokens(ids)
-        if self.scale != 1:
-            x = x * self.scale
-        if self.segment is not None:
-            x = x + self.segment.weight
-        x = x + self.positions(place)
-        x = self.dropout(x if self.norm is None else self.norm(x))
+        ids = with_hidden(ids, state.skips.get(HIDDEN))
+        x = self._vectors(ids, found.mask.sum(1))
         width = found.stop - found.start
         start = torch.where(width > 0, found.start + first[:, None], 0).cummax(1).values
         advance = start.diff(dim=1, prepend=torch.zeros_like(start[:, :1]))  # half precision has few whole numbers
         covered = functional.pad(torch.stack([advance, width], 1), (0, more))
-        skips = {"tokens": covered.float(), "bins": self._bins(state)}
-        return State(x.transpose(1, 2), {**state.skips, **skips}, functional.pad(found.mask, (0, more)))
+        skips = {name: skip for name, skip in state.skips.items() if name not in self.reads}
+        skips |= {"tokens": covered.float(), "bins": self._bins(state)}
+        return State(x.transpose(1, 2), skips, functional.pad(found.mask, (0, more)))
+
+    def _vectors(self, ids: Tensor, counts: Tensor) -> Tensor:
+        """Vectors ``(batch, tokens, channels)`` of token ids, of which the first ``counts`` ``(batch,)`` are there."""
+        x = self.tokens(ids)
+        if self.scale != 1:
+            hidden = ids == self.tokeniser.vocabulary.ids["[MASK]"]
+            scale = self.scale / (1 - hidden.sum(1) / counts.clamp(min=1))
+            x = x.masked_fill(hidden[..., None], 0.0) * scale[:, None, None]
+        if self.segment is not None:
+            x = x + self.segment.weight
+        if self.positions is not None:
+            place = torch.arange(ids.shape[1], device=ids.device)
+            x = x + self.positions(place.clamp(max=self.positions.num_embeddings - 1))
+        vectors: Tensor = self.dropout(x if self.norm is None else self.norm(x))
+        return vectors
 
     def _usual(self, length: int) -> int:
-        """How many tokens a sequence without N has at most."""
+        """How many tokens a sequence without N has at most; 0 of byte pairs, for which the length says little."""
+        if isinstance(self.tokeniser, BytePairs):
+            return 0
         words, k = self.tokeniser.vocabulary, self.tokeniser.k
         kmers = length - k + 1 if isinstance(self.tokeniser, Overlapping) else length // k + min(length, k - 1)
-        return min(len(words.before) + len(words.after) + max(0, kmers), self.positions.num_embeddings)
+        usual = len(words.before) + len(words.after) + max(0, kmers)
+        return usual if words.limit is None else min(usual, words.limit)
 
     def _bins(self, state: State) -> Tensor:
         """``(batch, 1, bins)``: how many bases of each bin are there, as a fraction."""
         there = torch.ones_like(state.x[:, :1]) if state.valid is None else state.valid[:, None].float()
-        return functional.avg_pool1d(there, self.bin_size)
+        return functional.avg_pool1d(there, self.bin_size or there.shape[-1])
 
 
 def _bases(state: State) -> tuple[Tensor, Tensor, Tensor]:
@@ -231,60 +298,6 @@ def _bases(state: State) -> tuple[Tensor, Tensor, Tensor]:
     return codes.masked_fill(~state.valid, PAD).gather(1, at), state.valid.sum(1), first
 
 
-class _Layer(Stage):
-    """A layer of the transformer: each sublayer is normalised before it or, with its input added, after it. Global."""
-
-    def __init__(
-        self, channels: int, heads: int, hidden: int, norm_first: bool, rates: tuple[float, float], eps: float
-    ) -> None:
-        super().__init__()
-        self.heads, self.norm_first = heads, norm_first
-        self.attention_norm = nn.LayerNorm(channels, eps=eps)
-        self.query = nn.Linear(channels, channels)
-        self.key = nn.Linear(channels, channels)
-        self.value = nn.Linear(channels, channels)
-        self.output = nn.Linear(channels, channels)
-        self.feedforward_norm = nn.LayerNorm(channels, eps=eps)
-        self.up = nn.Linear(channels, hidden)
-        self.down = nn.Linear(hidden, channels)
-        self.dropout, self.attention_dropout = (nn.Dropout(rate) for rate in rates)
-
-    def forward(self, state: State) -> State:
-        return self.at(state, (0, state.x.shape[-1]))
-
-    def at(self, state: State, span: Span) -> State:
-        """The queries ``span`` on all keys."""
-        within, x = slice(*span), state.x.transpose(1, 2)
-        if self.norm_first:
-            x = x[:, within] + self._attend(self.attention_norm(x), state.valid, within)
-            x = x + self._feed(self.feedforward_norm(x))
-        else:
-            x = self.attention_norm(x[:, within] + self._attend(x, state.valid, within))
-            x = self.feedforward_norm(x + self._feed(x))
-        return State(x.transpose(1, 2), state.skips, None if state.valid is None else state.valid[:, within])
-
-    def _attend(self, x: Tensor, valid: Tensor | None, within: slice) -> Tensor:
-        """softmax(q k / sqrt(width)) v of the queries ``within``; ``x`` is ``(batch, n, channels)``."""
-        batch, _, channels = x.shape
-        query, key, value = (
-            layer(y).view(batch, -1, self.heads, channels // self.heads).transpose(1, 2)
-            for layer, y in ((self.query, x[:, within]), (self.key, x), (self.value, x))
-        )
-        mixed = functional.scaled_dot_product_attention(
-            query,
-            key,
-            value,
-            attn_mask=None if valid is None else valid[:, None, None, :],
-            dropout_p=self.attention_dropout.p if self.attention_dropout.training else 0.0,
-        )
-        attended: Tensor = self.dropout(self.output(mixed.transpose(1, 2).reshape(batch, -1, channels)))
-        return attended
-
-    def _feed(self, x: Tensor) -> Tensor:
-        fed: Tensor = self.dropout(self.down(functional.gelu(self.up(x))))
-        return fed
-
-
 class _Final(Stage):
     """Tokens to bins: each base has the mean of the tokens that cover it, each bin the mean of its bases. Global."""
 
@@ -297,11 +310,11 @@ class _Final(Stage):
     def forward(self, state: State) -> State:
         x = state.x.transpose(1, 2)
         x = x if self.norm is None else self.norm(x)
-        there = state.skips["bins"]
+        bins = state.skips["bins"].shape[-1]
         advance, width = state.skips["tokens"].long().unbind(1)
         start = advance.cumsum(1)
         none = start.new_zeros(len(start))
-        length = there.shape[-1] * self.bin_size
-        tokens = Tokens(none, none, start, start + width, none, none, length)  # ids and counts play no part
+        size = self.bin_size or max(1, int((start + width).max()))
+        tokens = Tokens(none, none, start, start + width, none, none, bins * size)  # ids and counts play no part
         skips = {name: skip for name, skip in state.skips.items() if name not in self.reads}
-        return State(to_bins(x, tokens, self.bin_size), skips, there[:, 0] > 0)
+        return State(to_bins(x, tokens, size), skips, known_bins(tokens, size))

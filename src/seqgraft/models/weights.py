@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,11 +13,13 @@ from seqgraft.data.dataset import DatasetInfo
 from seqgraft.errors import ConfigError, ModelError, Problems
 from seqgraft.models.base import Head, SequenceModel, Trunk, weight_hash, with_spec
 from seqgraft.models.folders import TRUNKS, Pretrained, find_model, is_like
+from seqgraft.models.masked import MaskedModel
 from seqgraft.models.reading import check_fit
+from seqgraft.models.remote_code import allowing, check_commit
 from seqgraft.models.wrap import WrappedTrunk, redraw
 from seqgraft.tracks import TrackTable
 
-__all__ = ["ModelConfig", "build_model", "build_pretrained", "is_random"]
+__all__ = ["ModelConfig", "build_masked", "build_model", "build_pretrained", "is_random", "pretrained_of"]
 
 PRETRAINED = "pretrained_"  # heads whose names start so came with the weights and stay as they are
 CONTINUED = "continued_"  # and those of head: pretrained, which train on
@@ -28,14 +30,19 @@ class ModelConfig:
     """Which model to start from.
 
     Attributes:
-        name: a bundled model, the path of a model folder, a hub id such as ``johahi/flashzoi-replicate-0``, or an
-            architecture.
+        name: a bundled model, the path of a model folder or of a folder as the hub has them, a hub id such as
+            ``johahi/flashzoi-replicate-0``, or an architecture.
         revision: the full commit of a hub id's repository.
         init: "random" keeps the architecture and draws new weights: the control that training from scratch needs.
         head: "new" heads for the new tracks; "pretrained": the heads that came with the weights train on, for tracks of
             the same names; "extend": new heads. Pretrained tracks that the data lack are kept frozen beside them.
         pool: how the bins of a labelled sequence become one.
+        centre: labels: only so many bins around the middle of the sequence; None for all.
         settings: of an architecture, such as ``{channels: 96, depth: 4, blocks: 2}``.
+        species: the token before each sequence, for checkpoints that have such tokens: they need one.
+        truncate: models of tokens: drop and count bases that no token stands for, which are an error otherwise.
+        unknown: models of tokens: largest share of a fold's tokens that the model may not know.
+        remote_code: the full commit whose Python files may run, for models that code of their repository makes.
         trained_on: BED of the regions that the weights were trained on, with their fold in column 4, for models that
             do not bring it; or a key of ``seqgraft.data.seen.TRUNK_FOLDS``, or "download".
     """
@@ -44,8 +51,13 @@ class ModelConfig:
     revision: str | None = None
     init: Literal["pretrained", "random"] = "pretrained"
     head: Literal["new", "pretrained", "extend"] = "new"
-    pool: Literal["mean", "max"] = "mean"
+    pool: Literal["mean", "max", "attention"] = "mean"
+    centre: int | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
+    species: str | None = None
+    truncate: bool = False
+    unknown: float = 0.01
+    remote_code: str | None = None
     trained_on: Path | None = None
 
     def __post_init__(self) -> None:
@@ -56,6 +68,11 @@ class ModelConfig:
             if name in defaults and not is_like(value, defaults[name]):
                 remedy = f"Give a value such as {defaults[name]!r}"
                 problems.add(f"{name} has a value of another kind", value, where="model.settings", remedy=remedy)
+        check_commit(self.remote_code)
+        if self.centre is not None and self.centre < 1:
+            problems.add("must be 1 bin or more", self.centre, where="model.centre", remedy="Leave it out for all")
+        if not 0 <= self.unknown <= 1:
+            problems.add("must be a share, from 0 to 1", self.unknown, where="model.unknown")
         problems.raise_if_any()
 
 
@@ -67,7 +84,30 @@ def is_random(config: ModelConfig) -> bool:
     """
     if config.init == "random":
         return True
-    return find_model(config.name, config.revision) is None and TRUNKS[config.name].pretrained is None
+    return pretrained_of(config) is None and TRUNKS[config.name].pretrained is None
+
+
+def pretrained_of(config: ModelConfig) -> Pretrained | None:
+    """The pretrained model that is named; None if it is an architecture.
+
+    Raises:
+        ConfigError, ModelError: see ``find_model``.
+    """
+    return find_model(config.name, config.revision, config.species, config.remote_code)
+
+
+def build_masked(config: ModelConfig, info: DatasetInfo) -> MaskedModel:
+    """A language model with its own head for masked tokens as the only output, and everything trainable.
+
+    Raises:
+        ConfigError: unknown model or settings.
+        ModelError: the model has no such head.
+    """
+    pretrained = pretrained_of(config)
+    model = MaskedModel(_build_trunk(config, pretrained, info, labels=True))
+    if pretrained is not None and config.init == "pretrained":
+        _load(model, pretrained)
+    return model
 
 
 def build_model(config: ModelConfig, tracks: TrackTable, info: DatasetInfo, covariates: int = 0) -> SequenceModel:
@@ -82,7 +122,7 @@ def build_model(config: ModelConfig, tracks: TrackTable, info: DatasetInfo, cova
         ConfigError: unknown model or settings.
         ModelError: the trunk does not fit the dataset's window or bins, or its weights do not fit the architecture.
     """
-    pretrained = find_model(config.name, config.revision)
+    pretrained = pretrained_of(config)
     labels = info.bins == 1
     trunk = _build_trunk(config, pretrained, info, labels)
     pool = config.pool if labels else "none"
@@ -96,13 +136,22 @@ def build_model(config: ModelConfig, tracks: TrackTable, info: DatasetInfo, cova
     return model
 
 
-def build_pretrained(config: ModelConfig, info: DatasetInfo) -> SequenceModel | None:
+def build_pretrained(
+    config: ModelConfig, info: DatasetInfo, *, around_centre: int | None = None
+) -> SequenceModel | None:
     """The pretrained model with its own heads and nothing new, for the bins of a dataset; None if there is none.
+
+    Args:
+        around_centre: so many bins of the model around the middle of each sequence instead.
 
     Its outputs are what the new data's predictions are compared with, and what fine-tuning may forget.
     """
-    pretrained = find_model(config.name, config.revision)
-    if pretrained is None or config.init == "random" or info.bins == 1 or not pretrained.content["heads"]:
+    pretrained = pretrained_of(config)
+    if pretrained is None or config.init == "random" or not pretrained.content["heads"]:
+        return None
+    if around_centre is not None:
+        info = replace(info, bins=around_centre, bin_size=int(pretrained.content["bin_size"]))
+    if info.bins == 1:
         return None
     trunk = _build_trunk(config, pretrained, info, labels=False)
     model = SequenceModel(trunk, _pretrained_heads(pretrained, trunk), pretrained.tracks)
@@ -128,11 +177,14 @@ def _build_trunk(config: ModelConfig, pretrained: Pretrained | None, info: Datas
         )
     settings = dict(pretrained.content["settings"] if pretrained else config.settings)
     kind = TRUNKS[architecture]
+    settings |= _of_tokens(config, kind)
     native = kind.label_bin_size if labels else info.bin_size
+    if labels and (config.pool != "mean" or config.centre is not None):
+        native = max(1, native)  # there is nothing to choose from in one bin
     if pretrained and not kind.any_bin_size:
         native = int(pretrained.content["bin_size"])
     if labels:
-        crop = kind.drops
+        crop = kind.drops if config.centre is None else _around_centre(config, kind, info.window, native)
     else:
         if native != info.bin_size:
             raise ModelError(
@@ -155,7 +207,8 @@ def _build_trunk(config: ModelConfig, pretrained: Pretrained | None, info: Datas
             where="model.settings",
             remedy=f"It takes {', '.join(names)}",
         )
-    trunk = kind.build(settings, bin_size=native, crop=crop)
+    with allowing(config.remote_code):
+        trunk = kind.build(settings, bin_size=native, crop=crop)
     if config.init == "random" and isinstance(trunk, WrappedTrunk) and trunk.pretrained is not None:
         redraw(trunk)
         with_spec(trunk, weights=None)
@@ -175,8 +228,37 @@ def _build_trunk(config: ModelConfig, pretrained: Pretrained | None, info: Datas
     return trunk
 
 
+def _around_centre(config: ModelConfig, kind: type[Trunk], window: int, native: int) -> int:
+    """Bins to drop at each end so that ``model.centre`` are left in the middle."""
+    assert config.centre is not None
+    crop, rest = divmod(window // native - config.centre, 2)
+    if not window or window % native or rest or crop < kind.drops:
+        bins = f"{window // native} bins of {native} bp" if window else "sequences of several lengths"
+        remedy = "Choose an even number of bins less than these, or leave it out"
+        raise ModelError(
+            f"the heads cannot see the middle of {bins} alone", config.centre, where="model.centre", remedy=remedy
+        )
+    return crop
+
+
+def _of_tokens(config: ModelConfig, kind: type[Trunk]) -> dict[str, bool]:
+    """What the configuration says about tokens, as settings of the trunk."""
+    if not {"species", "truncate"} <= kind.defaults().keys():
+        if config.truncate:
+            remedy = "Leave it out"
+            raise ConfigError("the model reads bases and no tokens", True, where="model.truncate", remedy=remedy)
+        return {}
+    problems = Problems(ConfigError)
+    for name in ("species", "truncate"):
+        if name in config.settings:
+            remedy = f"Write model.{name}"
+            problems.add("is not among the settings", name, where="model.settings", remedy=remedy)
+    problems.raise_if_any()
+    return {"truncate": config.truncate}
+
+
 def _new_heads(
-    tracks: TrackTable, channels: int, pool: Literal["none", "mean", "max"], covariates: int
+    tracks: TrackTable, channels: int, pool: Literal["none", "mean", "max", "attention"], covariates: int
 ) -> dict[str, Head]:
     return {
         _key(group): Head(tracks.select([tracks.names[i] for i in index]), channels, pool, covariates)
