@@ -14,6 +14,7 @@ from seqgraft.errors import ConfigError, RunError
 from seqgraft.report.comparison import comparison_page
 from seqgraft.report.page import Page, is_run, read_run
 from seqgraft.report.run import run_page
+from seqgraft.report.sweep import is_sweep, sweep_page
 
 __all__ = ["write_comparison", "write_report"]
 
@@ -21,7 +22,7 @@ _HERE = Path(__file__).parent
 
 
 def write_report(run: Path, out: Path | None = None) -> Path:
-    """Writes ``report.html`` of a run directory, or of a folder of run directories (one table and plot for all).
+    """Writes ``report.html`` of a run directory, a sweep, or a folder of run directories (one table and plot for all).
 
     An unfinished run gets a report too, which says what is missing.
 
@@ -30,10 +31,12 @@ def write_report(run: Path, out: Path | None = None) -> Path:
 
     Raises:
         ConfigError: the folder holds neither a run nor runs.
-        RunError: the page cannot be written.
+        RunError: the page cannot be written, or a sweep has no tables yet.
     """
     run = Path(run)
     out = Path(out) if out is not None else run / "report.html"
+    if is_sweep(run):
+        return _write(sweep_page(run), out)
     if is_run(run):
         return _write(run_page(read_run(run)), out)
     runs = sorted(folder for folder in run.iterdir() if folder.is_dir() and is_run(folder)) if run.is_dir() else []

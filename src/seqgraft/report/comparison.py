@@ -10,6 +10,7 @@ import pandas as pd
 from seqgraft.plots import model_dots, svg
 from seqgraft.report.page import Cell, Chart, Page, RunFiles, Section, Table, held_out
 from seqgraft.report.scores import Key, Score, words
+from seqgraft.scoring import whole_fold
 
 __all__ = ["comparison_page"]
 
@@ -20,12 +21,21 @@ def comparison_page(runs: Sequence[RunFiles]) -> Page:
     notes = [f"{name}: {text}" for name, run in names.items() for text in run.missing]
     if len({run.part("dataset").get("hash") for run in runs} - {None}) > 1:
         notes.insert(0, "The runs were evaluated on different data, so their scores do not compare.")
-    first = next((run for run in runs if run.scores is not None), None)
-    if first is None or first.scores is None:
+    scored = [(run, run.scores) for run in runs if run.scores is not None]
+    if not scored:
         table = _table(names, [])
         return Page(f"{len(runs)} runs, none of them evaluated", "", tuple(notes), (Section("Runs", (table,)),))
-    main = first.scores.main(first.label)
-    keys = [main, *(key for key in first.scores.leading() if key != main and not key.about and key.group != main.group)]
+    # scores without copies of training data, where any run has them
+    first, scores = next(((run, found) for run, found in scored if found.main(run.label).is_clean), scored[0])
+    main = scores.main(first.label)
+    if main.is_clean:
+        what = "it has no scores without copies of training data; run 'seqgraft evaluate {}' again."
+        notes += [
+            f"{name}: {what.format(run.folder)}"
+            for name, run in names.items()
+            if run.scores is not None and not run.scores.has_copies(whole_fold(main.fold))
+        ]
+    keys = [main, *(key for key in scores.leading() if key != main and not key.about and key.group != main.group)]
     measures = [(key, _own(names, key), _others(names, key)) for key in keys]
     titles = [_title(own, others, key, held_out(first, key.fold)) for key, own, others in measures]
     headed = [f"{key.group}: {title}" if len(keys) > 1 else title for key, title in zip(keys, titles, strict=True)]

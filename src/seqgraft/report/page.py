@@ -17,6 +17,7 @@ import pandas as pd
 from seqgraft.errors import DataError
 from seqgraft.plots import Examples
 from seqgraft.report.scores import Score, Scores, number
+from seqgraft.scoring import whole_fold
 
 __all__ = [
     "Cell",
@@ -61,7 +62,7 @@ class RunFiles:
     missing: tuple[str, ...]
 
     def part(self, name: str) -> Mapping[str, Any]:
-        """A section of ``environment.json``: "dataset", "model", "exposure", "counts", "result", "versions"."""
+        """A section of ``environment.json``: "dataset", "model", "tokens", "exposure", "counts", "result", "versions"."""
         found = self.environment.get(name)
         return found if isinstance(found, dict) else {}
 
@@ -225,8 +226,16 @@ def _read_log(path: Path) -> pd.DataFrame:
 def held_out(run: RunFiles, fold: str) -> str:
     """Where the scores come from: " on held-out chrXIV and chrXVI", with the chromosomes if they are few and known.
 
-    Regions that the trunk has seen, or may have, are not called held out.
+    Regions that the trunk has seen, or may have, are not called held out, nor are copies of what the run has seen.
     """
+    if fold != whole_fold(fold):
+        return f"{_place(run, whole_fold(fold))} without copies in the training data"
+    if run.scores is not None and run.scores.has_copies(fold):
+        return f" on all {fold} regions, copies of training data included"
+    return _place(run, fold)
+
+
+def _place(run: RunFiles, fold: str) -> str:
     chroms = run.part("dataset").get("chroms")
     named = chroms.get(fold, []) if isinstance(chroms, dict) else []
     if fold == "test" and run.part("exposure").get("problem"):  # held out from the run, and not from its trunk

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Callable
+from dataclasses import replace
 
 import pandas as pd
 
 from seqgraft.plots import metric_dots, svg, tracks_panel, training_curve
 from seqgraft.report.page import Cell, Chart, Code, Facts, Page, RunFiles, Section, Table, held_out, join
 from seqgraft.report.scores import Key, Score, Scores, metric_name, words
+from seqgraft.scoring import whole_fold
 
 __all__ = ["SECTIONS", "run_page"]
 
@@ -22,7 +24,9 @@ MAX_NAMES = 12
 def run_page(run: RunFiles) -> Page:
     """The report of one run; panels whose files are missing are left out."""
     sections = tuple(section for make in SECTIONS if (section := make(run)) is not None)
-    lead = " ".join(filter(None, [_exposure_sentence(run), _data_sentence(run), _model_sentence(run)]))
+    lead = " ".join(
+        filter(None, [_exposure_sentence(run), _copies_sentence(run), _data_sentence(run), _model_sentence(run)])
+    )
     return Page(_title(run), lead, run.missing, sections)
 
 
@@ -63,8 +67,9 @@ def _difference(run: RunFiles, baseline: str, key: Key) -> Score | None:
     if table is None or not {"baseline", "track", "metric", "value", "low", "high"} <= set(table):
         return None
     rows = table[(table["baseline"] == baseline) & (table["metric"] == key.metric) & (table["track"] == key.track)]
-    if "group" in rows and key.group:
-        rows = rows[rows["group"] == key.group]
+    for column, wanted in (("group", key.group), ("fold", key.fold)):
+        if column in rows and wanted:
+            rows = rows[rows[column] == wanted]
     if rows.empty or rows[["value", "low", "high"]].iloc[0].isna().any():
         return None
     value, low, high = (float(rows[column].iloc[0]) for column in ("value", "low", "high"))
@@ -94,6 +99,20 @@ def _exposure_sentence(run: RunFiles) -> str:
     allowed = ", which allow_exposure let pass" if found.get("allowed") else ""
     what = "Not held out from the trunk" if found.get("share") else "Not known to be held out from the trunk"
     return f"{what}: {found['problem']}{allowed}." if found.get("problem") else ""
+
+
+def _copies_sentence(run: RunFiles) -> str:
+    """Only where regions that were tested on have copies in the training data: how many, and the score with them."""
+    if run.scores is None:
+        return ""
+    key = run.scores.main(run.label)
+    whole = replace(key, fold=whole_fold(key.fold))
+    if not run.scores.has_copies(whole.fold):
+        return ""
+    note = run.scores.rows(whole)["note"].iloc[0].partition(";")[0]
+    leaky = run.scores.get(run.label, whole)
+    known = f"; on all of them, {key.text} is {leaky.short}, which is no held-out score" if leaky else ""
+    return f"Of the {whole.fold} regions, {note}{known}."
 
 
 def _exposure_section(run: RunFiles) -> Section | None:
@@ -196,10 +215,14 @@ def _frame_table(frame: pd.DataFrame, caption: str, source: str) -> Table:
 
 
 def _cost_section(run: RunFiles) -> Section | None:
-    environment, result = run.environment, run.part("result")
+    environment, result, frozen = run.environment, run.part("result"), run.part("frozen_bytes")
+    quantised = frozen.get("now", 0) < frozen.get("before", 0)
     facts = Facts.of(
         ("training time", Cell.duration(environment.get("seconds")).text),
         ("peak memory", Cell.size(environment.get("peak_memory_bytes")).text),
+        ("tensors of a training step at most", Cell.size(result.get("step_bytes") or None).text),
+        ("frozen weights", Cell.size(frozen.get("now")).text),
+        ("frozen weights before quantising", Cell.size(frozen["before"]).text if quantised else None),
         ("epochs", result.get("epochs")),
         ("steps", Cell.of(result.get("steps")).text),
         ("device", environment.get("device")),
@@ -227,6 +250,8 @@ def _cards_section(run: RunFiles) -> Section | None:
         ("tracks", ", ".join(tracks[:MAX_NAMES]) + more),
         ("trunk", model.get("name")),
         ("weights", model.get("weights")),
+        ("token of the species", model.get("species")),
+        *((term, run.part("tokens").get(term)) for term in ("tokens", "unknown tokens", "truncated bases")),
         ("licence", model.get("licence")),
         ("citation", model.get("citation")),
         ("adapter", run.label),

@@ -10,6 +10,7 @@ from typing import Self
 import pandas as pd
 
 from seqgraft.metrics import METRICS
+from seqgraft.scoring import clean_fold, whole_fold
 
 __all__ = ["Key", "Score", "Scores", "metric_name", "number", "words"]
 
@@ -22,6 +23,7 @@ _NAMES = {
     "pearson": "Pearson", "spearman": "Spearman", "r2": "R²", "mse": "MSE", "auroc": "AUROC", "auprc": "AUPRC",
     "mcc": "MCC", "f1": "F1", "class_mcc": "MCC of classes", "class_f1": "F1 of classes",
 }  # fmt: skip
+_LOWER = ("mse", "mae", "loss", "error", "bits_per_base", "cross_entropy", "perplexity")  # ends of metrics' names
 _UNITS = {"squashed": "squashed scale", "raw": "raw signal", "label": ""}
 
 
@@ -41,6 +43,11 @@ class Key:
     unit: str
     about: str
     track: str = ""
+
+    @property
+    def is_clean(self) -> bool:
+        """Whether it is of rows without copies in the training data, in a fold that has such copies."""
+        return self.fold != whole_fold(self.fold)
 
     @property
     def text(self) -> str:
@@ -120,13 +127,21 @@ class Scores:
     def _about(self) -> pd.Series[str]:
         return self.frame["note"].str.contains(ORIGINAL, regex=False).map({True: ORIGINAL, False: ""})
 
+    def has_copies(self, fold: str) -> bool:
+        """Whether rows of the fold have copies in the training data, so that there are scores without them as well."""
+        return bool((self.frame["fold"] == clean_fold(fold)).any())
+
     def keys(self) -> list[Key]:
-        """All measures of the mean over tracks, in the order of the table; of the tracks where there is no mean."""
+        """All measures of the mean over tracks, in the order of the table; of the tracks where there is no mean.
+
+        Those of rows without copies in the training data come before those of all rows of a fold.
+        """
         frame = self.frame.assign(about=self._about)
         means = frame[frame["track"] == ""]
         part = frame if means.empty else means
         rows = part[["fold", "group", "metric", "unit", "about", "track"]].drop_duplicates()
-        return [Key(*row) for row in rows.itertuples(index=False, name=None)]
+        found = [Key(*row) for row in rows.itertuples(index=False, name=None)]
+        return sorted(found, key=lambda key: not key.is_clean)
 
     def leading(self) -> list[Key]:
         """The first measure of each group of tracks."""
@@ -150,7 +165,7 @@ class Scores:
             return None
         value, low, high = (float(found[column].iloc[0]) for column in ("value", "low", "high"))
         known = METRICS.get(key.metric)
-        better = known.higher_better if known else not key.metric.endswith(("mse", "mae", "loss", "error"))
+        better = known.higher_better if known else not key.metric.endswith(_LOWER)
         return Score(value, low, high, better, any(part in model.lower() for part in CEILINGS))
 
     def others(self, model: str, key: Key) -> Mapping[str, Score]:
