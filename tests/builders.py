@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from torch import nn
 
 from seqgraft.data.dataset import Dataset, DatasetInfo, open_dataset, write_dataset
 from seqgraft.genome import Genome
+from seqgraft.models.automodel import AutoTrunk
 from seqgraft.models.base import Head, SequenceModel, Trunk
 from seqgraft.models.borzoi import Borzoi
 from seqgraft.models.convnet import ConvNet
@@ -40,6 +42,48 @@ FLASHZOI: dict[str, Any] = BORZOI | {"attention": "rotary", "key_heads": 1, "rot
 #: Small DNA language models of two families: overlapping 3-mers, and 4-mers side by side.
 LANGUAGE: dict[str, Any] = {"k": 3, "channels": 16, "depth": 2, "heads": 2, "hidden": 32, "positions": 600}
 BLOCKS: dict[str, Any] = LANGUAGE | {"family": "esm", "tokens": "blocks", "k": 4, "after": 0, "embedding_norm": False}
+#: The configuration of a small model of transformers' own.
+LLAMA: dict[str, Any] = {
+    "model_type": "llama",
+    "hidden_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 24,
+    "pad_token_id": 1,
+}
+
+
+def byte_pairs() -> str:
+    """The text of a ``tokenizer.json`` with all pairs of bases and a few longer tokens, as DNABERT-2's is made."""
+    special = ["[UNK]", "[CLS]", "[SEP]", "[PAD]", "[MASK]"]
+    merges = [*([a, b] for a in "ACGT" for b in "ACGT"), ["AC", "G"], ["TA", "TA"], ["GG", "C"], ["TATA", "A"]]
+    names = [*special, *"ACGT", *("".join(pair) for pair in merges)]
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    around = [{"SpecialToken": {"id": "[CLS]", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
+    around.append({"SpecialToken": {"id": "[SEP]", "type_id": 0}})
+    content = {
+        "version": "1.0",
+        "added_tokens": [{"id": i, "content": name, "special": True, **flags} for i, name in enumerate(special)],
+        "pre_tokenizer": {"type": "Whitespace"},
+        "post_processor": {
+            "type": "TemplateProcessing",
+            "single": around,
+            "pair": [*around, {"Sequence": {"id": "B", "type_id": 1}}],
+            "special_tokens": {n: {"id": n, "ids": [names.index(n)], "tokens": [n]} for n in ("[CLS]", "[SEP]")},
+        },
+        "model": {
+            "type": "BPE",
+            "unk_token": "[UNK]",
+            "vocab": {name: i for i, name in enumerate(names)},
+            "merges": merges,
+        },
+    }
+    return json.dumps(content, separators=(",", ":"))
+
+
+#: The two families whose positions are computed: byte pairs with ALiBi, and blocks with rotations.
+MOSAIC: dict[str, Any] = LANGUAGE | {"family": "mosaic", "tokens": "byte_pairs", "tokenizer": byte_pairs()}
+ROTARY: dict[str, Any] = BLOCKS | {"family": "esm_rotary"}
 WINDOW, BINS, BIN_SIZE = 256, 12, 16
 FOLDS = ("train", "train", "train", "valid", "test", "train")
 
@@ -240,4 +284,14 @@ def tiny_language(seed: int = 0, *, bin_size: int = BIN_SIZE, crop: int = 2, **s
     for module in trunk.modules():
         if isinstance(module, nn.Embedding):
             nn.init.normal_(module.weight, std=0.5)
+    return trunk
+
+
+def tiny_llama(seed: int = 0, *, bin_size: int = BIN_SIZE, crop: int = 2) -> AutoTrunk:
+    """A small model of transformers' own, of single bases, with weights that differ as those of a trained one do."""
+    torch.manual_seed(seed)
+    trunk = AutoTrunk(LLAMA, bin_size=bin_size, crop=crop)
+    for module in trunk.modules():
+        if isinstance(module, nn.Embedding | nn.Linear):
+            nn.init.normal_(module.weight, std=0.3)
     return trunk

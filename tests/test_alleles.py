@@ -88,7 +88,8 @@ def test_every_reason(row: tuple[str, int, str, str], reason: str, genome: Genom
 
 
 def test_every_reason_is_tested() -> None:
-    assert {reason for _, reason in BAD} == set(REASONS[1:])
+    elsewhere = {"the model scores single-base substitutions only"}  # test_masked.py
+    assert {reason for _, reason in BAD} | elsewhere == set(REASONS[1:])
 
 
 def test_lower_case_is_no_mismatch(genome: Genome, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from types import ModuleType
 
 import benchmarks
 import pytest
-from benchmarks import _children, _grelu, _peers, cache, trunk
+from benchmarks import _children, _grelu, _peers, cache, fragments, haplotypes, trunk
 
 from seqgraft.models.base import Head
 from seqgraft.models.folders import TRUNKS
@@ -62,6 +62,28 @@ def test_trunks(monkeypatch: pytest.MonkeyPatch) -> None:
     lines = list(trunk.run(cases))
     assert [line.split()[0] for line in lines] == ["borzoi", "borzoi", "enformer", "enformer", "borzoi", "borzoi"]
     assert all(re.search(r"\d CPU s, +\d+ MiB$", line) for line in lines)
+
+
+def test_haplotypes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("GENVARLOADER_PYTHON", raising=False)
+    monkeypatch.setenv("SEQGRAFT_SHARED", "nowhere")
+    lines = list(haplotypes.run([haplotypes.CASES["toy"], haplotypes.CASES["human"]]))
+    assert re.search(r"4 donors, \d+ variants, 2 windows of 1,024 bp, \d of 8 haplotypes distinct", lines[0])
+    assert re.search(r"distinct [\d,]+ haplotypes a CPU s", lines[1])
+    assert "GenVarLoader left out: pip install genvarloader" in lines[2]
+    assert "left out, there is no nowhere" in lines[-1]
+
+
+def test_fragments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SEQGRAFT_CACHE", "")
+    case = fragments.Case(4000, lengths=tuple((f"chr{number}", 150_000) for number in range(4)), cells=40)
+    fragments.simulate(tmp_path, case)
+    lines = [fragments.measure(tmp_path, case, step) for step in case.steps]
+    assert [line.split()[2] for line in lines] == ["read", "prepare"]
+    assert all(re.search(r"\d M/s, +\d+ MiB above \d+$", line) for line in lines)
+    monkeypatch.setitem(sys.modules, "snapatac2", None)
+    with pytest.raises(SystemExit, match="pip install snapatac2"):
+        fragments.measure(tmp_path, case, "snapatac2")
 
 
 @pytest.mark.parametrize("network", ["borzoi", "enformer"])

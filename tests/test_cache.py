@@ -202,7 +202,7 @@ def test_every_cut_of_every_trunk(coverage: Dataset, name: str) -> None:
         views = [View(reverse=True), FORWARD, View(reverse=True)]
         sample = coverage.sample([1, 2, 9], views)
         with torch.no_grad():
-            expected, found = model(sample), model(cache.attach(sample, views))
+            expected, found = model(sample), model(cache.attach(sample))
         assert torch.allclose(found, expected, rtol=1e-6, atol=1e-6 * float(expected.abs().max())), cache.folder
 
 
@@ -225,7 +225,7 @@ def test_each_view_has_its_own_row(coverage: Dataset) -> None:
     cache = open_cache(model, coverage, replace(FAST, cache="float32", augment=augment))
     for view in [*augment.views(), *augment.views()]:
         sample = coverage.sample([3, 7], [view, FORWARD])
-        state = cache.attach(sample, [view, FORWARD]).halfway.state
+        state = cache.attach(sample).halfway.state
         with torch.no_grad():
             exact = model.trunk.run(model.trunk.encode(sample.codes), stop="transformer_0")
         assert torch.allclose(state.x, exact.x, atol=1e-6)
@@ -241,7 +241,7 @@ def test_stored_sequences_are_not_shifted(labels: Dataset, coverage: Dataset) ->
     cache = open_cache(make(labels, LinearProbe()), labels, replace(FAST, cache="float32", augment=augment))
     views = [View(shift=2), View(reverse=True, shift=-3)]
     for _ in range(2):
-        cache.attach(labels.sample([0, 1], views), views)
+        cache.attach(labels.sample([0, 1], views))
         cache.attach(labels.sample([0]))
     assert cache.filled == 2
 

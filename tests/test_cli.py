@@ -41,6 +41,7 @@ COMMANDS = (
     "screen",
     "attribute",
     "embed",
+    "sweep",
     "report",
     "export",
     "models",

@@ -15,6 +15,8 @@ import torch
 
 from builders import BIN_SIZE, BINS, SETTINGS, WINDOW, settled_trunk, tiny_coverage, tiny_labels, tiny_pretrained
 from seqgraft.adapters import Adapter, FullFineTune, LinearProbe, LoRA, adapt
+from seqgraft.baselines import KmerSettings
+from seqgraft.cli import _print_metrics
 from seqgraft.data.augment import Augmentation, View
 from seqgraft.data.dataset import Dataset, DatasetInfo, open_dataset, write_dataset
 from seqgraft.errors import ConfigError, DataError
@@ -25,7 +27,7 @@ from seqgraft.models.base import SequenceModel
 from seqgraft.models.folders import save_model
 from seqgraft.models.weights import ModelConfig, build_model, build_pretrained
 from seqgraft.predict import predict
-from seqgraft.sequence import encode
+from seqgraft.sequence import encode, reverse_complement
 from seqgraft.tracks import TrackTable, unsquash
 
 COLUMNS = ["model", "fold", "group", "track", "metric", "value", "low", "high", "n", "unit", "note"]
@@ -537,6 +539,134 @@ def test_labels_of_every_kind(link: str, metrics: set[str], tracks: Sequence[str
         expected = pearson(truth[:, 0], values[:, 0])
         assert cell(table, model="run", track="gc", metric="pearson")["value"] == pytest.approx(expected)
         assert cell(table, model="k-mer regression", track="gc", metric="pearson")["value"] > 0.8
+
+
+def test_covariates_have_baselines_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What covariates explain is told from what the sequence does."""
+    monkeypatch.setenv("SEQGRAFT_CACHE", str(tmp_path / "cache"))
+    quick = replace(QUICK, kmers=KmerSettings(sizes=(2,), strengths=(1.0, 100.0)))
+    plain = tiny_labels(tmp_path / "labels", "identity", rows=120)
+    told = plain.squashed_targets(np.arange(120))[:, :1, 0] + 0.01 * np.random.default_rng(0).normal(size=(120, 1))
+    other = np.random.default_rng(1).normal(size=(120, 1))
+    dataset = replace(plain, covariates=pd.DataFrame(np.hstack([told, other]), columns=["told", "other"]))
+    model = build_model(ARCHITECTURE, dataset.tracks, dataset.info, 2).eval()
+    found = evaluate_model(model, dataset, quick, "run", ARCHITECTURE).metrics
+    baselines = ["k-mer regression", "k-mers and covariates", "covariate regression", "majority"]
+    assert found["model"].drop_duplicates().tolist() == ["run", *baselines]
+
+    def of(table: pd.DataFrame, model: str, track: str) -> float:
+        return float(cell(table, model=model, track=track, metric="r2")["value"])
+
+    assert of(found, "covariate regression", "gc") > 0.99
+    assert of(found, "k-mers and covariates", "gc") > 0.99
+    assert all(of(found, name, "purine") > 0.9 for name in ("k-mer regression", "k-mers and covariates"))
+    assert of(found, "covariate regression", "purine") < 0.5
+    model = build_model(ARCHITECTURE, plain.tracks, plain.info).eval()
+    without = evaluate_model(model, plain, quick, "run", ARCHITECTURE).metrics
+    assert set(without["model"]) == {"run", "k-mer regression", "majority"}
+    assert of(without, "k-mer regression", "gc") == of(found, "k-mer regression", "gc")
+    assert len(list((tmp_path / "cache" / "baselines").iterdir())) == 3  # the k-mer regression was fitted once
+    with pytest.raises(ConfigError, match=r"'covariates'.*Choose from kmer, majority"):
+        evaluate(ARCHITECTURE, plain, replace(QUICK, baselines=("covariates",)))
+    short = replace(QUICK, baselines=("kmer",), kmers=KmerSettings(sizes=(1,), strengths=(1.0, 100.0)))
+    _, fewer = evaluate(ARCHITECTURE, plain, short)
+    assert of(fewer.metrics, "k-mer regression", "gc") != of(without, "k-mer regression", "gc")
+
+
+# Copies of training data
+
+
+def _leaked(folder: Path, link: str = "sigmoid") -> tuple[Dataset, list[int]]:
+    """Labels of which a third of the test rows are training rows, every second of them on the other strand."""
+    tiny_labels(folder, link, rows=72, lengths=(100, 100))
+    codes = np.load(folder / "codes.npy", allow_pickle=False)
+    train, test = (open_dataset(folder).rows(fold) for fold in ("train", "test"))
+    for number, row in enumerate(test[::3]):
+        codes[row] = reverse_complement(codes[train[number]]) if number % 2 else codes[train[number]]
+    np.save(folder / "codes.npy", codes)
+    return open_dataset(folder), test[::3].tolist()
+
+
+def test_rows_without_copies_are_scored_on_their_own_and_first(tmp_path: Path) -> None:
+    dataset, leaked = _leaked(tmp_path / "labels")
+    model, found = evaluate(ARCHITECTURE, dataset)
+    rows = dataset.rows("test")
+    clean = ~np.isin(rows, leaked)
+    assert found.metrics["fold"].drop_duplicates().tolist() == ["test without copies", "test"]
+    counted = found.metrics.groupby("fold")["n"].unique().map(list).to_dict()
+    assert counted == {"test without copies": [clean.sum()], "test": [len(rows)]}
+    names = {"run", "k-mer regression", "majority"}
+    assert all(set(part["model"]) == names for _, part in found.metrics.groupby("fold"))
+    values, truth = predict(model, dataset, rows)[:, 0, 0], dataset.squashed_targets(rows)[:, 0, 0]
+    for fold, some in (("test", np.ones(len(rows), bool)), ("test without copies", clean)):
+        expected = float(((values >= 0.5) == (truth >= 0.5))[some].mean())
+        row = cell(found.metrics, model="run", track="gc", metric="accuracy", fold=fold)
+        assert row["value"] == pytest.approx(expected)
+    assert row["note"] == f"{clean.sum()} of {len(rows)}, those without copies"
+    whole = cell(found.metrics, model="run", track="gc", metric="accuracy", fold="test")
+    assert whole["note"] == f"{len(leaked)} of {len(rows)} have copies in earlier folds ({len(leaked)} exact, 0 near)"
+    assert set(found.differences["fold"]) == {"test without copies", "test"}
+    assert found.moments["rows"].tolist() == rows[clean].tolist()  # what runs are compared by
+
+
+def test_the_command_prints_both_scores(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    dataset, leaked = _leaked(tmp_path / "labels")
+    _print_metrics(evaluate(ARCHITECTURE, dataset)[1].metrics)
+    lines = capsys.readouterr().out.splitlines()
+    clean = [line for line in lines if "fold test without copies" in line]
+    assert lines[: len(clean)] == clean  # first
+    assert len(clean) == 3
+    assert sum(f"{len(leaked)} of 12 have copies" in line for line in lines) == len(lines) - 3 == 3
+
+
+@pytest.mark.parametrize("link", ["identity", "softmax"])
+def test_labels_of_every_kind_are_scored_without_copies(link: str, tmp_path: Path) -> None:
+    dataset, leaked = _leaked(tmp_path / "labels", link)
+    _, found = evaluate(ARCHITECTURE, dataset)
+    counted = found.metrics.groupby("fold")["n"].unique().map(list).to_dict()
+    assert counted == {"test without copies": [12 - len(leaked)], "test": [12]}
+
+
+def test_nothing_gives_the_leaky_score_alone(tmp_path: Path) -> None:
+    """Whether the copies were stored with the dataset or not, and whatever is asked of the evaluation."""
+    dataset, leaked = _leaked(tmp_path / "labels")
+    folds = {"test without copies", "test"}
+    for config in (QUICK, replace(QUICK, baselines=()), replace(QUICK, fold="valid")):
+        _, found = evaluate(ARCHITECTURE, dataset, config, fold="test")
+        assert set(found.metrics["fold"]) == folds
+    copied = np.isin(np.arange(len(dataset)), leaked)
+    stored = replace(dataset, regions=dataset.regions.assign(copied=np.where(copied, "near", "")))
+    _, found = evaluate(ARCHITECTURE, stored)
+    assert found.metrics["note"].str.contains(rf"\(0 exact, {len(leaked)} near\)").any()
+    counts = {"test/train": {"pairs": len(leaked)}}
+    noted = replace(dataset, info=replace(dataset.info, notes={"duplicates": {"exact": counts, "near": {}}}))
+    assert set(evaluate(ARCHITECTURE, noted)[1].metrics["fold"]) == folds
+    _, found = evaluate(ARCHITECTURE, dataset, fold="train")  # nothing is copied from an earlier fold than this one
+    assert set(found.metrics["fold"]) == {"train"}
+
+
+def test_a_fold_of_copies_alone_has_no_score_without_them(tmp_path: Path) -> None:
+    dataset, _ = _leaked(tmp_path / "labels")
+    every = replace(dataset, regions=dataset.regions.assign(copied="exact"))
+    _, found = evaluate(ARCHITECTURE, every)
+    clean = found.metrics[found.metrics["fold"] == "test without copies"]
+    assert clean["value"].isna().all()
+    assert set(clean["n"]) == {0}
+    assert clean["note"].str.startswith("0 of 12, those without copies").all()
+
+
+def test_coverage_is_scored_without_copies(coverage: Dataset, pretrained: Path) -> None:
+    rows = coverage.rows("test")
+    copied = np.isin(np.arange(len(coverage)), rows[:2])
+    stored = replace(coverage, regions=coverage.regions.assign(copied=np.where(copied, "exact", "")))
+    model, found = evaluate(ModelConfig(str(pretrained)), stored)
+    truth, values = coverage.squashed_targets(rows[2:]), predict(model, coverage, rows[2:])
+    where = {"model": "run", "track": "atac", "metric": "pearson", "fold": "test without copies"}
+    squashed = cell(found.metrics, unit="squashed", **where)
+    assert squashed["value"] == pytest.approx(pearson(truth[:, 2], values[:, 2]))
+    assert np.isfinite(cell(found.metrics, unit="raw", **where)["value"])
+    measured = found.metrics[~found.metrics["metric"].isin(["agreement"])].groupby("fold").size()
+    assert measured["test"] == measured["test without copies"]
 
 
 def test_coverage_with_a_sigmoid_link_has_no_raw_pearson(tmp_path: Path) -> None:

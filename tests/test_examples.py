@@ -19,12 +19,19 @@ import yaml
 
 from seqgraft.adapters import ADAPTERS
 from seqgraft.attribute import AttributeConfig
+from seqgraft.baselines import KmerSettings
 from seqgraft.data import SOURCES, open_dataset, prepare_source
 from seqgraft.data.augment import Augmentation
+from seqgraft.data.barcodes import CellLabels
 from seqgraft.data.coverage import CoverageSource
+from seqgraft.data.expression import Expression
 from seqgraft.data.folds import Folds
+from seqgraft.data.fragment_files import FragmentFile
 from seqgraft.data.labelled import LabelledFile
 from seqgraft.data.labels import Label
+from seqgraft.data.personal import DonorTable, GeneTable, Selection
+from seqgraft.data.pseudobulk import Assay
+from seqgraft.data.quality import QC_COLUMNS
 from seqgraft.data.simulate import Simulation, simulate
 from seqgraft.data.tables import read_track_table
 from seqgraft.evaluate import EvaluateConfig, GenesConfig
@@ -39,7 +46,8 @@ from seqgraft.experiment import (
 )
 from seqgraft.genes import GeneSettings, read_fold_changes
 from seqgraft.genome import Genome, Interval, read_bed_table, read_gtf, read_vcf
-from seqgraft.losses import LOSSES
+from seqgraft.grids import Range, Search, SweepConfig
+from seqgraft.losses import LOSSES, TOKEN_LOSSES
 from seqgraft.models.weights import ModelConfig
 from seqgraft.oracle import grammar
 from seqgraft.plan import plan_run
@@ -60,12 +68,15 @@ YAMLS = sorted(EXAMPLES.glob("*/*.yaml"))
 CONFIGURED: list[type] = [
     *(source for source, _ in SOURCES.values()),
     *ADAPTERS.values(),
-    *LOSSES.values(),
-    *(Experiment, ModelConfig, TrainConfig, Augmentation, EvaluateConfig, GenesConfig, GeneSettings),
+    *(*LOSSES.values(), *TOKEN_LOSSES.values()),
+    *(Experiment, ModelConfig, TrainConfig, Augmentation, EvaluateConfig, KmerSettings, GenesConfig, GeneSettings),
     *(Folds, Label, LabelledFile, Simulation),
+    *(Assay, FragmentFile, CellLabels),
+    *(Expression, GeneTable, DonorTable, Selection),
     *(VariantConfig, ScreenConfig, *OVERS.values()),
     *(scorer for scorer in SCORERS.values() if not issubclass(scorer, Baskerville)),  # which have no keys
     *(AttributeConfig, Target),
+    *(SweepConfig, Search, Range),
 ]
 
 
@@ -143,11 +154,21 @@ def test_the_small_files_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert len(read_bed_table("peaks.narrowPeak")) == 1
     assert build(Simulation, read_yaml(Path("sim.yaml")), "sim.yaml").chromosomes == 4
     text = dict(re.findall(r"^<!-- yaml: (\w+) -->\n```yaml\n(.*?)^```$", FORMATS, re.MULTILINE | re.DOTALL))
-    assert {"coverage", "labelled", "peaks", "experiment", "variants", "attribute"} == set(text)
+    others = {"experiment", "variants", "attribute", "sweep"}
+    assert {"coverage", "fragments", "labelled", "peaks", "personal", "windows"} | others == set(text)
+    assert len(build(SweepConfig, yaml.safe_load(text["sweep"]), "sweep").grid["adapter"]) == 3
     assert len(build(VariantConfig, yaml.safe_load(text["variants"]), "variants").scorers) == 2
     assert build(AttributeConfig, yaml.safe_load(text["attribute"]), "attribute").target.minus == ("rna_naive_*",)
     sources = {kind: parse_source(yaml.safe_load(text[kind])) for kind in SOURCES}
     assert parse_experiment(yaml.safe_load(text["experiment"])).evaluate.ensemble == Augmentation(True, 0)
+    fragments = prepare_source(sources["fragments"], tmp_path / "fragments")
+    assert fragments.tracks.names == ["B", "T"]
+    assert fragments.targets.sum() == 12  # two of 14 insertions lie behind the last tile
+    assert tuple(documented("columns", "quality")) == QC_COLUMNS
+    assert len(prepare_source(sources["windows"], tmp_path / "windows")) == 3
+    cohort = prepare_source(sources["personal"], tmp_path / "cohort")
+    assert len(cohort) == 16
+    assert cohort.sequence_count == 2  # with and without the variant
     labelled = prepare_source(sources["labelled"], tmp_path / "labelled")
     assert labelled.tracks.names == ["bound", "open"]
     assert labelled.regions["fold"].tolist() == ["train", "train", "train", "valid", "test"]
@@ -275,7 +296,7 @@ def test_yaml_is_understood(path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     elif path.name == "contrast.yaml":
         build(AttributeConfig, read_yaml(path), str(path))
     else:
-        assert read_experiment(path).model.name in ("sim-mini", "yeast-mini", "convnet", "trunk")
+        assert read_experiment(path).model.name in ("sim-mini", "yeast-mini", "convnet", "language", "trunk")
 
 
 def test_half_life(shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

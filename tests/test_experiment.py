@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +11,22 @@ import yaml
 
 from builders import SETTINGS, tiny_coverage
 from seqgraft.adapters import ADAPTERS, IA3, FullFineTune, Houlsby, LinearProbe, LoRA, Peft
+from seqgraft.adapters.prompt import Prompt
+from seqgraft.baselines import KmerSettings
 from seqgraft.data import SOURCES
 from seqgraft.data.augment import Augmentation
+from seqgraft.data.barcodes import CellLabels
 from seqgraft.data.coverage import CoverageSource
+from seqgraft.data.expression import Expression
 from seqgraft.data.folds import Folds
+from seqgraft.data.fragment_files import FragmentFile
+from seqgraft.data.fragments import FragmentSource
 from seqgraft.data.labelled import LabelledFile, LabelledSource
 from seqgraft.data.labels import Label
 from seqgraft.data.peaks import PeakSource
+from seqgraft.data.personal import DonorTable, GeneTable, PersonalSource, Selection
+from seqgraft.data.pseudobulk import Assay
+from seqgraft.data.windows import WindowSource
 from seqgraft.errors import ConfigError
 from seqgraft.evaluate import EvaluateConfig, GenesConfig
 from seqgraft.experiment import (
@@ -32,10 +42,13 @@ from seqgraft.experiment import (
 from seqgraft.genes import GeneSettings
 from seqgraft.losses import (
     LOSSES,
+    AllPairs,
     BinaryCrossEntropy,
     CrossEntropy,
     Huber,
     MeanSquaredError,
+    PairClassification,
+    Pairs,
     Poisson,
     PoissonMultinomial,
 )
@@ -60,6 +73,36 @@ VALUES: list[Any] = [
     BinaryCrossEntropy(),
     CrossEntropy(),
     Huber(),
+    Pairs(),
+    PairClassification(least=0.5),
+    AllPairs(alpha=0.25),
+    Prompt(tokens=3),
+    WindowSource(
+        fasta=Path("genome.fa"), window=64, folds=BY_CHROMOSOME, stride=32, gaps=Path("gaps.bed"), unknown=0.1
+    ),
+    FragmentSource(
+        fasta=Path("genome.fa"),
+        assays=(Assay("atac", "insertions", (FragmentFile(Path("a.tsv.gz"), sample="s1"),)),),
+        labels=CellLabels(Path("cells.csv"), "group"),
+        window=64,
+        target_length=64,
+        bin_size=16,
+        folds=BY_CHROMOSOME,
+    ),
+    PersonalSource(
+        genome=Path("genome.fa"),
+        vcf=Path("cohort.vcf.gz"),
+        expression=Expression(Path("e.tsv"), log=0.01, covariates=("sex",), components=2),
+        donor_folds=Folds(by="random", valid=0.1, test=0.2, group="family"),
+        genes=GeneTable(Path("genes.tsv"), tss="start"),
+        donors=DonorTable(Path("donors.tsv"), genotypes="vcf_name"),
+        window=1024,
+        gene_folds=BY_CHROMOSOME,
+        unphased="dosage",
+        missing="major",
+        rename={"1": "chr1"},
+        select=Selection(most=10, p=0.05),
+    ),
     CoverageSource(
         fasta=Path("genome.fa"),
         tracks=Path("tracks.csv"),
@@ -91,6 +134,8 @@ VALUES: list[Any] = [
         max_length=100,
         keep="centre",
         covariates=("length",),
+        codons="cds",
+        lengths=("utr5", "cds"),
         class_weights="balanced",
     ),
     PeakSource(
@@ -115,6 +160,7 @@ EXPERIMENT = Experiment(
         fold="valid",
         ensemble=Augmentation(reverse_complement=True, shift=1),
         baselines=("mean_profile",),
+        kmers=KmerSettings(sizes=(3,), both_strands=True),
         block=1000,
         genes=GenesConfig(
             gtf=Path("genes.gtf"),
@@ -153,7 +199,7 @@ def test_settings_of_is_the_inverse_of_build(value: Any, tmp_path: Path) -> None
     assert read == settings
     kind = read.pop("kind")
     assert registered()[kind] is type(value)
-    assert set(read) == {name for name in value.__dataclass_fields__ if name not in ("kind", "on", "mergeable")}
+    assert set(read) == {field.name for field in dataclasses.fields(value)}
     assert build(type(value), read, "value.yaml") == value
 
 
@@ -324,7 +370,7 @@ def test_inline_tracks_name_files_relative_to_the_working_directory(
     monkeypatch.chdir(tmp_path)
     source = parse_source(
         {
-            **settings_of(VALUES[14]),
+            **settings_of(next(v for v in VALUES if isinstance(v, CoverageSource))),
             "tracks": [{"name": "a", "file": "signal/a.bw"}],
         }
     )

@@ -17,7 +17,8 @@ from seqgraft.adapters.base import freeze
 from seqgraft.errors import ModelError
 from seqgraft.models import borzoi
 from seqgraft.models.base import Head, SequenceModel, State, one_hot
-from seqgraft.models.borzoi import Borzoi, rotary_frequencies, rotated
+from seqgraft.models.borzoi import Borzoi
+from seqgraft.models.stages import rotary_frequencies, rotated
 from seqgraft.sequence import PAD
 from seqgraft.tracks import TrackTable
 

@@ -57,6 +57,30 @@ def test_column_with_a_share_for_validation() -> None:
     assert (fold[80:] == "test").all()
 
 
+def test_kfold_deals_every_row_into_one_test_part() -> None:
+    table = unplaced(103, gene=[f"g{row // 3}" for row in range(103)])
+    parts = [assign_folds(table, Folds(by="kfold", k=5, fold=fold, valid=0.1, seed=2)) for fold in range(5)]
+    tested = np.stack([part == "test" for part in parts])
+    assert (tested.sum(0) == 1).all()
+    assert sorted(tested.sum(1).tolist()) == [20, 20, 21, 21, 21]
+    assert all((part == "valid").sum() == 8 for part in parts)
+    grouped = [assign_folds(table, Folds(by="kfold", k=5, fold=fold, group="gene")) for fold in range(5)]
+    assert (np.stack([part == "test" for part in grouped]).sum(0) == 1).all()
+    assert all(part.groupby(table["gene"]).nunique().eq(1).all() for part in grouped)
+    other = assign_folds(table, Folds(by="kfold", k=5, fold=0, valid=0.1, seed=3))
+    assert other.tolist() != parts[0].tolist()
+
+
+def test_kfold_needs_its_part() -> None:
+    for settings in ({}, {"k": 10}, {"fold": 1}, {"k": 1, "fold": 0}, {"k": 5, "fold": 5}, {"k": 5, "fold": -1}):
+        with pytest.raises(ConfigError, match=r"folds\.k: folds by kfold need k"):
+            Folds(by="kfold", **settings)
+    with pytest.raises(ConfigError, match="take no share of test rows"):
+        Folds(by="kfold", k=5, fold=0, test=0.2)
+    with pytest.raises(ConfigError, match=r"folds\.k: the setting has no meaning with by: random.*kfold"):
+        Folds(by="random", test=0.2, k=5)
+
+
 def test_random_folds_have_their_shares_and_keep_groups_together() -> None:
     group = np.random.default_rng(0).integers(0, 200, 1000)
     folds = Folds(by="random", valid=0.1, test=0.2, group="gene", seed=1)

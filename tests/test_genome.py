@@ -131,9 +131,9 @@ def test_long_contigs_come_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyP
     path = write(tmp_path / "long.fa", "\n".join(lines))
     import seqgraft.genome as module
 
-    read = module._read_lines
+    read = module.read_lines
     for chunk in (1, 7, 62, 500):
-        monkeypatch.setattr(module, "_read_lines", lambda p, _, chunk=chunk: read(p, chunk))
+        monkeypatch.setattr(module, "read_lines", lambda p, _, chunk=chunk: read(p, chunk))
         genome = Genome.open(path, tmp_path / f"cache{chunk}")
         assert {name: decode(genome.chrom_codes(name)) for name in genome.chroms} == expected
 

@@ -24,11 +24,12 @@ from seqgraft.errors import ConfigError, DataError, ModelError
 from seqgraft.experiment import parse_experiment
 from seqgraft.models import folders, weights
 from seqgraft.models.base import SequenceModel, State, apply_link, one_hot
-from seqgraft.models.borzoi import FLASHZOI, Borzoi, bucket_rows, mask_widths, rotary_frequencies
+from seqgraft.models.borzoi import FLASHZOI, Borzoi, bucket_rows, mask_widths
 from seqgraft.models.folders import convert_published, find_model
 from seqgraft.models.hub import licence_of, load_published
 from seqgraft.models.hub_borzoi import load_borzoi
 from seqgraft.models.huggingface import Loaded
+from seqgraft.models.stages import rotary_frequencies
 from seqgraft.models.weights import build_model, build_pretrained
 from seqgraft.tracks import TrackTable
 

@@ -26,6 +26,7 @@ from builders import (
     tiny_enformer,
     tiny_labels,
     tiny_language,
+    tiny_llama,
     tiny_pretrained,
 )
 from seqgraft.adapters import FullFineTune, LinearProbe, LoRA, adapt, load_adapter, save_adapter
@@ -34,7 +35,7 @@ from seqgraft.errors import ConfigError, ModelError, SeqgraftError
 from seqgraft.models.base import Head, Stage, State, Step, Trunk, mean_of_valid, one_hot, weight_hash
 from seqgraft.models.convnet import ConvNet
 from seqgraft.models.folders import TRUNKS, bundled_models, find_model, save_model
-from seqgraft.models.weights import ModelConfig, build_model, build_pretrained
+from seqgraft.models.weights import ModelConfig, build_masked, build_model, build_pretrained
 from seqgraft.objectives import Elementwise
 from seqgraft.sequence import PAD
 from seqgraft.tracks import TrackTable
@@ -53,6 +54,7 @@ SMALL: dict[str, Callable[[], Trunk]] = {
     "enformer: bins of 32 bp": lambda: tiny_enformer(4, bin_size=32, crop=1, depth=2, gamma_per_position=True),
     "language": lambda: tiny_language(6, k=1, before=2),  # of longer k-mers, sequences that are shorter are refused
     "language: blocks": lambda: tiny_language(7, bin_size=32, crop=1, **BLOCKS),
+    "transformers": lambda: tiny_llama(8),
 }
 
 
@@ -585,6 +587,7 @@ def test_bundled_models_load() -> None:
     for name, model in bundled_models().items():
         content = model.content
         info = DatasetInfo("coverage", content["window"], content["bins"], content["bin_size"])
-        built = build_pretrained(ModelConfig(name=name), info)
+        lm = bool(content["settings"].get("lm_head"))
+        built = build_masked(ModelConfig(name), info) if lm else build_pretrained(ModelConfig(name), info)
         assert built is not None
         assert built.trunk.spec.weights == content["weights_sha256"]

@@ -12,7 +12,9 @@ import pandas as pd
 import pytest
 import torch
 
+from seqgraft.data.covariates import SENSE_CODONS
 from seqgraft.data.dataset import Dataset, DatasetInfo
+from seqgraft.data.labelled import LabelledFile, LabelledSource, prepare_labelled
 from seqgraft.errors import ConfigError, DataError, RunError, SeqgraftError
 from seqgraft.genome import Genome, Interval
 from seqgraft.models.base import Head, SequenceModel
@@ -138,10 +140,38 @@ def test_covariates_come_from_the_table(tmp_path: Path) -> None:
     sample = regions_for_prediction(path, LABELS, CLASSES, covariates=["gc", "codons"]).sample([0, 1])
     assert sample.covariates["covariates"].tolist() == [[0.5, 1], [0.25, 2]]
     path.write_text("sequence,gc\nACGT,x\n")
-    with pytest.raises(DataError, match="covariate is not a number: 'gc'"):
+    with pytest.raises(DataError, match=r"sequence 1, column 'gc': this is not a finite number: 'x'"):
         regions_for_prediction(path, LABELS, CLASSES, covariates=["gc"])
     with pytest.raises(ConfigError, match="covariates"):
         regions_for_prediction(tmp_path / "s.fa", LABELS, CLASSES, covariates=["gc"])
+
+
+def test_covariates_are_computed_and_scaled_as_in_training(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    codons = [codon for codon in SENSE_CODONS if rng.random() < 0.5]
+    table = pd.DataFrame(
+        {
+            "sequence": [decode(row) for row in rng.integers(0, 4, (10, 8)).astype(np.uint8)],
+            "label": [0, 1] * 5,
+            "gc": rng.random(10),
+            "cds": ["ATG" + "".join(rng.choice(codons, size)) + "TAA" for size in range(5, 15)],
+            "fold": ["train"] * 6 + ["valid"] * 2 + ["test"] * 2,
+        }
+    )
+    table.to_csv(tmp_path / "data.csv", index=False)
+    source = LabelledSource(
+        (LabelledFile(tmp_path / "data.csv"),), covariates=("gc",), codons="cds", lengths=("cds", "sequence")
+    )
+    dataset = prepare_labelled(source, tmp_path / "out")
+    assert dataset.covariates is not None
+    assert dataset.covariates.shape == (10, 1 + 61 + 2)
+    again = regions_for_prediction(
+        tmp_path / "data.csv", dataset.info, dataset.tracks, covariates=list(dataset.covariates)
+    )
+    pd.testing.assert_frame_equal(again.covariates, dataset.covariates)
+    table.drop(columns="cds").to_csv(tmp_path / "less.csv", index=False)
+    with pytest.raises(DataError, match="no column: 'cds'"):
+        regions_for_prediction(tmp_path / "less.csv", dataset.info, dataset.tracks, covariates=list(dataset.covariates))
 
 
 BAD_REGIONS = [

@@ -256,7 +256,7 @@ def test_a_published_trunk_of_other_chromosomes(
 def test_a_model_of_the_hub_names_its_split(folder: Path, published: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     commit = "0123456789" * 4
     found = {("someone/toy", commit): published}
-    monkeypatch.setattr(seqgraft.models.folders, "_converted", lambda name, revision: found[name, revision])
+    monkeypatch.setattr(seqgraft.models.folders, "_converted", lambda name, revision, *_: found[name, revision])
     planned = experiment(folder, model={"name": "someone/toy", "revision": commit})
     assert "folds of toy: the published regions are not here" in str(plan_run(planned).problems[0])
 

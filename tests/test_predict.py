@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
 from torch import Tensor, nn
@@ -74,6 +75,27 @@ def test_batches_do_not_matter(kind: str, request: pytest.FixtureRequest) -> Non
     assert np.abs(few - many).max() <= 1e-6
     seen = [(list(r), len(v)) for r, v in predict_batches(model, dataset, rows, batch_size=3)]
     assert seen == [([7, 0, 3], 3), ([12, 5, 1], 3), ([2], 1)]
+
+
+def test_sequences_go_by_length_and_come_back_in_order(labels: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four batches at a time are held."""
+    monkeypatch.setattr("seqgraft.predict._HELD", 4)
+    model, rows = make(labels), np.random.default_rng(0).permutation(36)
+    assert labels.lengths is not None
+    longest: list[int] = []
+    original = type(labels).sample
+
+    def sample(self: Dataset, chosen: npt.NDArray[np.int64], *more: object) -> object:
+        longest.append(int(labels.lengths[chosen].max()))  # type: ignore[index]
+        return original(self, chosen, *more)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(type(labels), "sample", sample)
+    found = list(predict_batches(model, labels, rows, batch_size=3))
+    assert all(longest[i : i + 4] == sorted(longest[i : i + 4]) for i in range(0, 12, 4))
+    assert longest != sorted(longest)
+    assert [list(chosen) for chosen, _ in found] == [list(rows[i : i + 3]) for i in range(0, 36, 3)]
+    alone = np.concatenate([predict(model, labels, np.array([row])) for row in rows])
+    assert np.abs(np.concatenate([values for _, values in found]) - alone).max() <= 1e-6
 
 
 def test_no_rows(coverage: Dataset) -> None:

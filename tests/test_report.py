@@ -308,6 +308,59 @@ def test_a_comparison_of_twins_strangers_and_the_unfinished(tmp_path: Path) -> N
     assert "IA3: evaluation/metrics.parquet is missing" in " ".join(outline.text["li"])
 
 
+def _with_copies(run: Path, label: str, clean: float, leaky: float) -> Path:
+    """An evaluation of 400 regions, a quarter of which have copies in the training data."""
+    parts = [
+        metrics(label, value, baseline).assign(fold=fold, n=n, note=note)
+        for fold, value, baseline, n, note in (
+            ("test", leaky, 0.45, 400, "100 of 400 have copies in earlier folds (100 exact, 0 near); rough interval"),
+            ("test without copies", clean, 0.41, 300, "300 of 400, those without copies"),
+        )
+    ]
+    pd.concat(parts, ignore_index=True).to_parquet(run / "evaluation" / "metrics.parquet")
+    each = [("test", 0.2, 0.1, 0.3), ("test without copies", 0.01, -0.02, 0.04)]
+    table = pd.DataFrame(each, columns=["fold", "value", "low", "high"])
+    table.assign(baseline="nearest pretrained track", group="rna", track="", metric="pearson").to_parquet(
+        run / "evaluation" / "differences.parquet"
+    )
+    return run
+
+
+def test_the_title_is_the_score_without_copies_of_training_data(tmp_path: Path) -> None:
+    """Also where the table has the rows of the whole fold first."""
+    text, outline = page(write_report(_with_copies(make_run(tmp_path / "run", "LoRA"), "LoRA", 0.42, 0.8)))
+    assert outline.text["h1"] == [
+        "LoRA reaches Pearson 0.42 (0.39 to 0.45) on held-out chrXIV and chrXVI without copies in the training data,"
+        " not clearly better than the best baseline, nearest pretrained track, 0.41"
+    ]
+    sentence = (
+        "Of the test regions, 100 of 400 have copies in earlier folds (100 exact, 0 near); "
+        "on all of them, Pearson is 0.80 (0.77 to 0.83), which is no held-out score."
+    )
+    assert sentence in text
+    heads = [head for head in outline.text["th"] if head.startswith("Pearson (squashed scale)")]
+    assert heads[0].endswith("test without copies")
+    assert heads[1].endswith("test")
+
+
+def test_copies_without_a_clean_score_are_said(tmp_path: Path) -> None:
+    run = _with_copies(make_run(tmp_path / "run", "LoRA"), "LoRA", float("nan"), 0.8)
+    _, outline = page(write_report(run))
+    assert "0.80 (0.77 to 0.83) on all test regions, copies of training data included" in outline.text["h1"][0]
+
+
+def test_a_comparison_uses_scores_without_copies(tmp_path: Path) -> None:
+    make_run(tmp_path / "a", "older", 0.9)
+    _with_copies(make_run(tmp_path / "b", "linear"), "linear", 0.5, 0.6)
+    _with_copies(make_run(tmp_path / "c", "LoRA"), "LoRA", 0.45, 0.8)
+    _, outline = page(write_report(tmp_path))
+    assert outline.text["h1"][0].startswith(
+        "Linear is best of 2 runs with Pearson 0.50 (0.47 to 0.53) on held-out chrXIV and chrXVI without copies in the "
+        "training data; then LoRA, 0.45"
+    )
+    assert "older: it has no scores without copies of training data" in " ".join(outline.text["li"])
+
+
 def test_a_comparison_before_any_evaluation(tmp_path: Path) -> None:
     run = make_run(tmp_path / "a")
     (run / "evaluation" / "metrics.parquet").unlink()

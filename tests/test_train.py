@@ -27,12 +27,12 @@ from seqgraft.adapters import Adapter, FullFineTune, LinearProbe, LoRA, adapt
 from seqgraft.data.augment import FORWARD, Augmentation, View
 from seqgraft.data.dataset import Dataset
 from seqgraft.errors import ConfigError, ModelError, RunError
-from seqgraft.experiment import read_experiment
+from seqgraft.experiment import parse_experiment, read_experiment
 from seqgraft.losses import MeanSquaredError, Poisson
 from seqgraft.models.base import Head, SequenceModel
 from seqgraft.models.weights import ModelConfig, build_model
 from seqgraft.objectives import Elementwise, Objective
-from seqgraft.run import fit_run
+from seqgraft.run import fit_run, objective_of
 from seqgraft.sample import Sample
 from seqgraft.sequence import reverse_complement
 from seqgraft.train import FitResult, TrainConfig, fit, parameter_groups, validate
@@ -216,6 +216,46 @@ def test_batches_are_all_rows_once_in_an_order_of_their_own(coverage: Dataset) -
     assert np.array_equal(np.concatenate(batches), np.concatenate(objective.batches(rows, 3, seed=1, epoch=0)))
     others = [objective.batches(rows, 16, seed, epoch)[0] for seed, epoch in ((1, 1), (2, 0), (2, 1))]
     assert len({tuple(order) for order in [np.concatenate(batches), *others]}) == 4
+
+
+def test_batches_have_sequences_of_like_length(coverage: Dataset) -> None:
+    """Every row once, padding a tenth of what it was, batches in no order of length, and other ones each epoch."""
+    lengths = np.random.default_rng(0).integers(50, 501, 5000)
+    rows = np.random.default_rng(1).permutation(5000)[:4003]
+    plain, sorted_ = (Elementwise(coverage.tracks, lengths=given) for given in (None, lengths))
+
+    def padding(batches: list[npt.NDArray[np.int64]]) -> float:
+        return 1 - lengths[np.concatenate(batches)].sum() / sum(len(b) * lengths[b].max() for b in batches)
+
+    batches = sorted_.batches(rows, 32, seed=1, epoch=0)
+    assert np.array_equal(np.sort(np.concatenate(batches)), np.sort(rows))
+    assert sorted(len(batch) for batch in batches) == sorted(len(batch) for batch in plain.batches(rows, 32, 1, 0))
+    assert padding(batches) < 0.1 * padding(plain.batches(rows, 32, 1, 0))
+    means = [lengths[batch].mean() for batch in batches]
+    assert abs(np.corrcoef(means, np.arange(len(means)))[0, 1]) < 0.3
+    again, later, other = (sorted_.batches(rows, 32, seed, epoch) for seed, epoch in ((1, 0), (1, 1), (2, 0)))
+    assert all(np.array_equal(a, b) for a, b in zip(batches, again, strict=True))
+    together = [{frozenset(batch.tolist()) for batch in each} for each in (batches, later, other)]
+    assert not together[0] & together[1]
+    assert not together[0] & together[2]
+
+
+def test_batches_of_equal_lengths_are_as_without(coverage: Dataset) -> None:
+    rows = np.arange(3, 100)
+    lengths = np.full(100, 70)
+    lengths[:3] = 50  # of other rows
+    plain, same = (Elementwise(coverage.tracks, lengths=given).batches(rows, 8, 1, 2) for given in (None, lengths))
+    assert all(np.array_equal(a, b) for a, b in zip(plain, same, strict=True))
+    assert Elementwise(coverage.tracks, lengths=lengths).batches(rows[:0], 8, 1, 2) == []
+
+
+@pytest.mark.parametrize("buckets", [True, False])
+def test_a_run_reads_the_lengths_of_its_data(tmp_path: Path, buckets: bool) -> None:
+    data = tiny_labels(tmp_path / "data", rows=60)
+    experiment = parse_experiment({"data": str(data.folder), "train": {"buckets": buckets}})
+    batches = objective_of(experiment, data).batches(data.rows("train"), 8, 1, 0)
+    spread = max(int(np.ptp(data.lengths[batch])) for batch in batches)  # type: ignore[index]
+    assert (spread < 25) == buckets
 
 
 # ---- augmentation ----
@@ -638,6 +678,9 @@ class PairDifference:
     def _halves(values: Tensor) -> tuple[Tensor, Tensor]:
         even = len(values) // 2 * 2
         return values[0:even:2].mean(-1), values[1:even:2].mean(-1)
+
+    def draw(self, sample: Sample, seed: int, step: int) -> Sample:
+        return sample
 
     def weigh(self, sample: Sample) -> Tensor:
         first, second = self._halves(sample.mask.float())

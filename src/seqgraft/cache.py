@@ -8,6 +8,7 @@
       skip_0.npy ...  the skips that later stages read
       valid.npy       which positions are no padding, where sequences differ in length
       done.npy        one byte per row: 1 once the row is whole and on disk
+      places.npy      of donors whose rows are tiles (``cache_tiles``): which ones make up each region and view
 
 The key names the weights, buffers, settings and code of the prefix, the sequences, the views, the precision and the
 storage type, so a change of any of them is another folder. A row is written, flushed and only then marked, under a
@@ -38,6 +39,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from seqgraft import __version__
+from seqgraft.cache_tiles import Divided, Tiling, divide, find_tiling, index_tiles, run_tiles
 from seqgraft.data.augment import FORWARD, Augmentation, View
 from seqgraft.data.dataset import Dataset, new_folder, write_json
 from seqgraft.errors import ConfigError, ModelError, RunError
@@ -54,6 +56,7 @@ CacheMode = Literal["off", "auto", "float16", "float32"]
 _FORMAT_VERSION = 1
 _LARGEST_FLOAT16 = 65504.0
 _LEAST_GAIN = 0.1  # of the time that the prefix takes, for "auto"
+_MOST_TILES = 0.5  # of the bytes of whole rows: tiles are read in many small pieces
 
 
 @dataclass(frozen=True)
@@ -93,6 +96,10 @@ class _Point:
         values = sum(t.channels * (t.stop - t.start) for t in self.tensors)
         return values * np.dtype(storage).itemsize + self.masked * self.tensors[0].positions
 
+    def tile_bytes(self, storage: str, tiling: Tiling) -> int:
+        values = sum(t.channels * t.positions // tiling.units * tiling.size for t in self.tensors)
+        return values * np.dtype(storage).itemsize
+
 
 @dataclass(frozen=True)
 class Choice:
@@ -107,6 +114,9 @@ class Choice:
         seconds: of the prefix per region, on this machine; 0 where it was not measured.
         saved: share of the prefix's runs of the whole training that are not needed, on average.
         point: what is kept.
+        tiling: of donors, how rows are divided into tiles; None where they are kept whole.
+        tiles: how many distinct ones there are.
+        whole: bytes on disk of whole rows instead.
     """
 
     cut: str | None
@@ -117,6 +127,9 @@ class Choice:
     seconds: float = 0.0
     saved: float = 0.0
     point: _Point | None = None
+    tiling: Tiling | None = None
+    tiles: int = 0
+    whole: int = 0
 
     @property
     def used(self) -> bool:
@@ -125,7 +138,8 @@ class Choice:
     @property
     def identity(self) -> str:
         """What a checkpoint remembers."""
-        return f"{self.storage} {self.cut}" if self.used else "off"
+        divided = f" in tiles of {self.tiling.size}" if self.tiling else ""
+        return f"{self.storage} {self.cut}{divided}" if self.used else "off"
 
     @property
     def in_words(self) -> str:
@@ -133,8 +147,12 @@ class Choice:
             return f"not used: {self.reason}"
         where = f"up to the stage {self.cut}" if self.cut else "of the whole trunk"
         views = "one view" if self.views == 1 else f"{self.views} views"
+        divided = ""
+        if self.tiling:
+            width, times = self.tiling.size * self.tiling.unit, self.whole / self.size
+            divided = f"in {self.tiles:,} distinct tiles of {width} bp ({times:.3g}x less), "
         return (
-            f"activations {where} as {self.storage}, {views} of a training region, "
+            f"activations {where} as {self.storage}, {views} of a training region, {divided}"
             f"at most {self.size / 2**30:.3g} GB; {self.saved:.0%} of these stages' runs are saved"
         )
 
@@ -156,7 +174,11 @@ def frozen_prefix(trunk: Trunk) -> tuple[list[str], str]:
         if not all(getattr(module, "frozen", False) for module in stage.modules()):
             break
         names.append(name)
-    return names, "" if names else f"the first stage, {next(iter(trunk.stages))}, trains"
+    if not names:
+        return names, f"the first stage, {next(iter(trunk.stages))}, trains"
+    while names and trunk.stages[names[-1]].ragged:
+        names.pop()
+    return names, "" if names else "the frozen stages give states of different sizes for inputs of one length"
 
 
 def views_of(dataset: Dataset, augment: Augmentation) -> list[View]:
@@ -182,6 +204,9 @@ def choose(
     and the disk can tell, within the budget, or nothing if less than a tenth of the prefix's time would be saved; in
     float32, or in float16 where the prefix runs in bf16 and its values are small enough.
 
+    Of donors, the longest prefix that can be divided is kept in tiles where these take at most half the bytes and the
+    prefix runs on fewer bases; a whole trunk that ends in a crop or a global stage is kept per distinct haplotype.
+
     Args:
         before: ``Choice.identity`` of the run that is resumed: "auto" decides once.
 
@@ -195,23 +220,32 @@ def choose(
     prefix, reason = frozen_prefix(model.trunk)
     if not prefix:
         return Choice(None, reason=reason)
-    views = len(views_of(dataset, settings.augment))
-    kept = len(rows) * views + len(valid_rows)
+    seen_in = views_of(dataset, settings.augment)
+    views = len(seen_in)
+    trained, validated = (len(dataset.stored(part)) for part in (rows, valid_rows))
+    kept = trained * views + validated
     runs = settings.epochs * (len(rows) + len(valid_rows))
-    seen = len(rows) * views * (1 - (1 - 1 / views) ** settings.epochs) + len(valid_rows)  # on average
+    seen = trained * views * (1 - (1 - 1 / views) ** settings.epochs) + validated  # on average
     remembered = settings.mode == "auto" and before is not None
     measured = settings.mode == "auto" and not remembered
     points = _profile(model, dataset, prefix, settings.precision, passes=2 if measured else 1)
     budget = settings.gigabytes * 2**30
+    divisible, divided = _divide(model.trunk, dataset, points, [(rows, seen_in), (valid_rows, [FORWARD])])
 
     def option(point: _Point, storage: str) -> Choice:
-        size = kept * point.row_bytes(storage)
-        return Choice(point.cut, storage, "", size, views, point.seconds, max(0.0, 1 - seen / runs), point)
+        size, work = kept * point.row_bytes(storage), 1.0
+        made = Choice(point.cut, storage, "", size, views, point.seconds, 0.0, point, whole=size)
+        if divided and divisible is point:
+            tiles = divided.count * point.tile_bytes(storage, divided.tiling) + divided.index_bytes
+            if tiles <= _MOST_TILES * size and divided.bases < kept * dataset.info.window:
+                made = replace(made, size=tiles, tiling=divided.tiling, tiles=divided.count)
+                work = divided.bases / (kept * dataset.info.window)
+        return replace(made, saved=max(0.0, 1 - work * seen / runs))
 
     if remembered:
         assert before is not None
-        storage, _, cut = before.partition(" ")
-        return next(option(point, storage) for point in points if point.cut == cut)
+        options = [option(point, before.partition(" ")[0]) for point in points]
+        return next(choice for choice in options if choice.identity == before)
     if settings.mode != "auto":
         choice = option(points[-1], settings.mode)
         if choice.size > budget:
@@ -224,15 +258,16 @@ def choose(
         return choice
     small = settings.precision == "bf16" and max(point.largest for point in points) < _LARGEST_FLOAT16 / 10
     storage = "float16" if small else "float32"
-    fitting = [option(point, storage) for point in points if kept * point.row_bytes(storage) <= budget]
+    options = [option(point, storage) for point in points]
+    fitting = [choice for choice in options if choice.size <= budget]
     if not fitting:
-        least = min(kept * point.row_bytes(storage) for point in points)
+        least = min(choice.size for choice in options)
         return Choice(None, reason=f"it would take {least / 2**30:.3g} GB in {views} views, above train.cache_gb")
     write, read = _disk_speed(points[-1].row_bytes(storage))
 
     def gain(choice: Choice) -> float:
-        row = choice.size / kept
-        return choice.seconds * (runs - seen) - row * (write * seen + read * runs)
+        written, read_back = choice.size / kept * seen, choice.whole / kept * runs
+        return choice.seconds * choice.saved * runs - write * written - read * read_back
 
     best = max(fitting, key=gain)
     if gain(best) < _LEAST_GAIN * best.seconds * runs:
@@ -240,6 +275,24 @@ def choose(
     if shutil.disk_usage(_activations()).free < best.size:
         return Choice(None, reason=f"the disk has no room for {best.size / 2**30:.3g} GB")
     return best
+
+
+def _divide(
+    trunk: Trunk,
+    dataset: Dataset,
+    points: Sequence[_Point],
+    seen: Sequence[tuple[npt.NDArray[np.int64], Sequence[View]]],
+) -> tuple[_Point, Divided] | tuple[None, None]:
+    """The longest prefix of donors that can be kept in tiles, and these; ``seen``: rows, and the views of them."""
+    names = list(trunk.stages)
+    for point in reversed(points) if dataset.donors is not None else ():
+        spans = {tensor.name: (tensor.positions, (tensor.start, tensor.stop)) for tensor in point.tensors}
+        prefix = names[: _index(names, point.cut)]
+        if not point.masked and (tiling := find_tiling(trunk, prefix, dataset.info.window, spans)):
+            shown = [(dataset.stored(part), views) for part, views in seen]
+            found = divide(trunk, point.cut or None, tiling, dataset, shown)
+            return (point, found) if found else (None, None)
+    return None, None
 
 
 @torch.no_grad()
@@ -270,7 +323,9 @@ def _profile(
         model.train(was_training)
     masked = dataset.lengths is not None or states[-1].valid is not None
     points = []
-    for i in range(len(prefix)):
+    for i, name in enumerate(prefix):
+        if trunk.stages[name].ragged:
+            continue
         later: list[Stage] = list(trunk.stages.values())[i + 1 :]  # type: ignore[assignment]
         spans = {} if masked else _needed(later, {"x": (0, states[-1].x.shape[-1])})
         read = {name for stage in later for name in stage.reads}
@@ -346,9 +401,11 @@ def _unwritable(error: OSError, folder: Path) -> RunError:
 
 
 def _facts(
-    model: SequenceModel, dataset: Dataset, point: _Point, storage: str, precision: Precision, views: Sequence[View]
+    model: SequenceModel, dataset: Dataset, choice: Choice, precision: Precision, views: Sequence[View]
 ) -> dict[str, Any]:
-    trunk = model.trunk
+    trunk, point, tiling = model.trunk, choice.point, choice.tiling
+    assert point is not None
+    tensors = [asdict(tensor if tiling is None else _in_units(tensor, tiling)) for tensor in point.tensors]
     names = list(trunk.stages)
     prefix = nn.ModuleDict({name: trunk.stages[name] for name in names[: _index(names, point.cut)]})
     kinds = {type(module) for module in [trunk, *prefix.modules()]}
@@ -370,11 +427,17 @@ def _facts(
         "precision": precision,
         "products": torch.get_float32_matmul_precision(),
         "device": next(model.parameters()).device.type,
-        "storage": storage,
-        "rows": len(dataset),
+        "storage": choice.storage,
+        "rows": dataset.sequence_count,
         "masked": point.masked,
-        "tensors": [asdict(tensor) for tensor in point.tensors],
+        "tensors": tensors,
+        **({"tiling": asdict(tiling)} if tiling else {}),
     }
+
+
+def _in_units(tensor: _Tensor, tiling: Tiling) -> _Tensor:
+    each = tensor.positions // tiling.units
+    return replace(tensor, start=tiling.first * each, stop=tiling.last * each)
 
 
 def _index(names: Sequence[str], cut: str) -> int:
@@ -425,6 +488,8 @@ def _sequences_hash(dataset: Dataset) -> str:
         for start in range(0, len(dataset.codes), 4096):
             digest.update(np.ascontiguousarray(dataset.codes[start : start + 4096]).tobytes())
         digest.update(np.asarray(dataset.lengths, dtype=np.int64).tobytes())
+    elif dataset.donors is not None:
+        digest.update(dataset.donors.identity.encode())
     else:
         assert dataset.genome is not None
         digest.update(f"genome {dataset.genome.hash}\n".encode())
@@ -436,7 +501,7 @@ def _sequences_hash(dataset: Dataset) -> str:
 
 
 class ActivationCache:
-    """States at the cut, one row per region and view, filled as they are asked for.
+    """States at the cut, one row per region and view, or tile of one, filled as they are asked for.
 
     Args:
         folder: an open store, see ``open``.
@@ -451,9 +516,10 @@ class ActivationCache:
         self._cut: str = facts["cut"]
         self._masked: bool = facts["masked"]
         self._tensors = [_Tensor(**tensor) for tensor in facts["tensors"]]
+        self._tiling = Tiling(**facts["tiling"]) if "tiling" in facts else None
         self._views = {view: i for i, view in enumerate(views)}
         self._length = dataset.info.window if dataset.lengths is None else int(dataset.lengths.max())
-        self._arrays = {name: _mapped(folder / f"{name}.npy") for name in _array_shapes(facts)}
+        self._arrays = {name: _mapped(folder / f"{name}.npy") for name in _array_shapes(facts, 0)}
         # held open, so that what is read is what was written even if the folder is removed meanwhile
         self._open = {name: os.open(folder / f"{name}.npy", os.O_WRONLY) for name in self._arrays}
         for file in self._open.values():
@@ -461,7 +527,7 @@ class ActivationCache:
         trunk = model.trunk
         before = list(trunk.stages.values())[: _index(list(trunk.stages), self._cut)]
         self._crops = any(s.kind == "crop" and s.size for stage in before for s in stage.steps or ())  # type: ignore[union-attr]
-        #: Rows that this process computed, for those who count.
+        #: Rows or tiles that this process computed, for those who count.
         self.filled = 0
 
     @classmethod
@@ -475,7 +541,7 @@ class ActivationCache:
         """
         assert choice.point is not None
         views = views_of(dataset, augment)
-        facts = _facts(model, dataset, choice.point, choice.storage, precision, views)
+        facts = _facts(model, dataset, choice, precision, views)
         key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
         folder = _activations() / key
         with _locked(folder):
@@ -488,38 +554,46 @@ class ActivationCache:
                         where=str(folder.parent),
                         remedy="Free some space, point SEQGRAFT_CACHE to another folder, or use train.cache: off",
                     )
+                places = index_tiles(choice.tiling, dataset, views) if choice.tiling else None
+                count = facts["rows"] * len(views) if places is None else int(places.max()) + 1
                 with new_folder(folder, replace_existing=True) as building:
-                    for name, (shape, dtype) in _array_shapes(facts).items():
+                    for name, (shape, dtype) in _array_shapes(facts, count).items():
                         # sparse: it takes room as rows come
-                        np.lib.format.open_memmap(building / f"{name}.npy", mode="w+", dtype=dtype, shape=shape)
-                    write_json(building / "manifest.json", _manifest(facts))
+                        array = np.lib.format.open_memmap(building / f"{name}.npy", mode="w+", dtype=dtype, shape=shape)
+                        if name == "places":
+                            array[:] = places
+                    write_json(building / "manifest.json", {**_manifest(facts), "count": count})
             return cls(folder, model, dataset, facts, views)
 
-    def attach(self, sample: Sample, views: Sequence[View] | None = None) -> Sample:
+    def attach(self, sample: Sample) -> Sample:
         """The sample with its state at the cut: what was missing is computed, stored and read back.
 
         Args:
-            sample: of the dataset that the store was opened for.
-            views: of each example; all forward if not given.
+            sample: of the dataset that the store was opened for, which says what it shows.
 
         Raises:
             RunError: the disk is full or cannot be written; what is stored stays right.
             ModelError: a value that float16 cannot hold.
         """
-        chosen = [_same_view(self._dataset, view) for view in views or [FORWARD] * len(sample)]
-        place = np.array([self._views[view] for view in chosen], dtype=np.int64)
-        slots = sample.row.cpu().numpy() * len(self._views) + place
+        assert sample.shown is not None
+        stored, reverse, shift = sample.shown.cpu().numpy().T
+        views = [_same_view(self._dataset, View(bool(r), int(s))) for r, s in zip(reverse, shift, strict=True)]
+        slots = stored * len(self._views) + np.array([self._views[view] for view in views], dtype=np.int64)
+        if self._tiling is not None:
+            slots = np.asarray(self._arrays["places"][slots], dtype=np.int64)
         _, first = np.unique(slots, return_index=True)
-        missing = np.sort(first)[self._arrays["done"][slots[np.sort(first)]] != 1]
+        missing = np.sort(first)[self._arrays["done"][slots.ravel()[np.sort(first)]] != 1]
         if missing.size:
-            self._fill(sample, slots[missing], torch.from_numpy(missing).to(sample.codes.device))
+            fill = self._computed if self._tiling is None else self._computed_tiles
+            with torch.no_grad(), autocast(self._precision, sample.codes.device):
+                self._store(slots.ravel()[missing], fill(sample, missing))
         return replace(sample, halfway=Halfway(self._read(slots, sample), self._cut or None))
 
-    def _fill(self, sample: Sample, slots: npt.NDArray[np.int64], chosen: Tensor) -> None:
-        trunk = self._model.trunk
+    def _computed(self, sample: Sample, missing: npt.NDArray[np.intp]) -> dict[str, npt.NDArray[Any]]:
+        """What is stored of some sequences of a sample, by file."""
+        trunk, chosen = self._model.trunk, torch.from_numpy(missing).to(sample.codes.device)
         codes = nn.functional.pad(sample.codes[chosen], (0, self._length - sample.codes.shape[1]), value=PAD)
-        with torch.no_grad(), autocast(self._precision, codes.device):
-            state = trunk.run(trunk.encode(codes, sample.lengths[chosen]), stop=self._cut or None)
+        state = trunk.run(trunk.encode(codes, sample.lengths[chosen]), stop=self._cut or None)
         values = dict(zip(self._files(), [state.x, *(state.skips[t.name] for t in self._tensors[1:])], strict=True))
         rows = {}
         for tensor, (name, value) in zip(self._tensors, values.items(), strict=True):
@@ -530,6 +604,24 @@ class ActivationCache:
         if self._masked:
             valid = state.valid if state.valid is not None else torch.ones_like(state.x[:, 0], dtype=torch.bool)
             rows["valid"] = valid.cpu().numpy()
+        return rows
+
+    def _computed_tiles(self, sample: Sample, missing: npt.NDArray[np.intp]) -> dict[str, npt.NDArray[Any]]:
+        """What is stored of some tiles, by file; they count along the sequences of a sample, one after the other."""
+        assert self._tiling is not None
+        arrays = [self._arrays[name] for name in self._files()]
+        rows = {
+            name: np.zeros((len(missing), *a.shape[1:]), a.dtype) for name, a in zip(self._files(), arrays, strict=True)
+        }
+        which, columns = np.divmod(missing, self._tiling.columns)
+        stop = self._cut or None
+        for chosen, state in run_tiles(self._model.trunk, stop, self._tiling, sample.codes, which, columns):
+            values = [state.x, *(state.skips[tensor.name] for tensor in self._tensors[1:])]
+            for row, value in zip(rows.values(), values, strict=True):
+                row[chosen, :, : value.shape[-1]] = _stored(value, row.dtype, self._cut)
+        return rows
+
+    def _store(self, slots: npt.NDArray[np.int64], rows: Mapping[str, npt.NDArray[Any]]) -> None:
         with _locked(self.folder):
             new = np.flatnonzero(self._arrays["done"][slots] != 1)  # another run may have been faster
             for name, array in rows.items():
@@ -550,14 +642,18 @@ class ActivationCache:
     def _read(self, slots: npt.NDArray[np.int64], sample: Sample) -> State:
         device = sample.codes.device
         tensors: dict[str, Tensor] = {}
+        wanted, which = np.unique(slots, return_inverse=True) if self._tiling else (slots, None)
         for name, tensor in zip(self._files(), self._tensors, strict=True):
             array = self._arrays[name]
             # on CPU straight from the map to float32: one copy, and fast also on the way to bfloat16
             kind = torch.float32 if device.type == "cpu" else getattr(torch, array.dtype.name)
-            made = torch.empty((len(slots), *array.shape[1:]), dtype=kind)
-            for row, slot in zip(made, slots, strict=True):
+            made = torch.empty((len(wanted), *array.shape[1:]), dtype=kind)
+            for row, slot in zip(made, wanted, strict=True):
                 row.copy_(torch.from_numpy(array[slot]))
             value = made.to(device).to(getattr(torch, tensor.dtype))
+            if which is not None:  # (sequences, tiles, channels, positions of a tile) in one row
+                placed = value[torch.from_numpy(which.reshape(slots.shape)).to(device)]
+                value = placed.transpose(1, 2).flatten(2)[..., : tensor.stop - tensor.start]
             missing = (tensor.start, tensor.positions - tensor.stop)
             tensors[tensor.name] = nn.functional.pad(value, missing) if any(missing) else value
         valid = torch.from_numpy(self._arrays["valid"][slots]).to(device) if self._masked else None
@@ -596,17 +692,20 @@ def _stored(value: Tensor, dtype: np.dtype[Any], cut: str) -> npt.NDArray[Any]:
     return np.asarray(wide.cpu().numpy(), dtype=dtype)
 
 
-def _array_shapes(facts: Mapping[str, Any]) -> dict[str, tuple[tuple[int, ...], str]]:
-    rows = facts["rows"] * len(facts["views"])
-    tensors = facts["tensors"]
+def _array_shapes(facts: Mapping[str, Any], count: int) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Shape and type of each array of a store of so many rows or tiles."""
+    tensors, tiling = facts["tensors"], Tiling(**facts["tiling"]) if "tiling" in facts else None
     names = ["x", *(f"skip_{i}" for i in range(len(tensors) - 1))]
+    kept = [t["stop"] - t["start"] if tiling is None else t["positions"] // tiling.units * tiling.size for t in tensors]
     shapes: dict[str, tuple[tuple[int, ...], str]] = {
-        name: ((rows, t["channels"], t["stop"] - t["start"]), facts["storage"])
-        for name, t in zip(names, tensors, strict=True)
+        name: ((count, t["channels"], positions), facts["storage"])
+        for name, t, positions in zip(names, tensors, kept, strict=True)
     }
     if facts["masked"]:
-        shapes["valid"] = ((rows, tensors[0]["positions"]), "bool")
-    return shapes | {"done": ((rows,), "uint8")}
+        shapes["valid"] = ((count, tensors[0]["positions"]), "bool")
+    if tiling:
+        shapes["places"] = ((facts["rows"] * len(facts["views"]), tiling.columns), "int32")
+    return shapes | {"done": ((count,), "uint8")}
 
 
 def _manifest(facts: Mapping[str, Any]) -> dict[str, Any]:
@@ -617,14 +716,15 @@ def _is_whole(folder: Path, facts: Mapping[str, Any]) -> bool:
     """Whether a folder holds what its key says: the manifest, and arrays of the right shapes and sizes."""
     try:
         content = json.loads((folder / "manifest.json").read_text())
-        arrays = {name: _mapped(folder / f"{name}.npy") for name in _array_shapes(facts)}
+        arrays = {name: _mapped(folder / f"{name}.npy") for name in _array_shapes(facts, 0)}
     except (OSError, ValueError, EOFError):
         return False
-    if content != json.loads(json.dumps(_manifest(facts))):
+    count = content.pop("count", None)
+    if not isinstance(count, int) or content != json.loads(json.dumps(_manifest(facts))):
         return False
     return all(
         arrays[name].shape == shape and arrays[name].dtype == np.dtype(dtype)
-        for name, (shape, dtype) in _array_shapes(facts).items()
+        for name, (shape, dtype) in _array_shapes(facts, count).items()
     )
 
 

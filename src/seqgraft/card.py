@@ -24,6 +24,7 @@ from seqgraft.models.base import Head, SequenceModel, Trunk, trainable_state
 from seqgraft.models.borzoi import FLASHZOI
 from seqgraft.models.folders import TRUNKS, Pretrained, bundled_models, find_model
 from seqgraft.models.hub import is_hub_id, licence_of
+from seqgraft.models.hub_language import LANGUAGE_MODELS, PublishedLanguage, window_of
 from seqgraft.objectives import Elementwise
 from seqgraft.predict import Precision
 from seqgraft.progress import progress
@@ -107,6 +108,23 @@ def _borzoi(name: str, settings: Mapping[str, Any], citation: str, folds: str, t
     )
 
 
+def _language(name: str, weights: PublishedLanguage) -> ModelFacts:
+    settings = dict(weights.settings or {})
+    window = window_of(TRUNKS["language"].defaults() | settings) // 16 * 16
+    return ModelFacts(
+        name=name,
+        architecture="language",
+        settings=settings,
+        window=window,
+        bins=window // 16,
+        bin_size=16,
+        licence=licence_of(name),
+        citation=weights.citation,
+        folds=_in_words(None),
+        tracks="none; a head for masked tokens",
+    )
+
+
 def _published() -> dict[str, ModelFacts]:
     human, mouse = "7,611 of human: RNA-seq, CAGE, DNase, ATAC, ChIP", "2,608 of mouse: the same assays"
     found = []
@@ -129,7 +147,8 @@ def _published() -> dict[str, ModelFacts]:
         folds=_in_words("enformer"),
         tracks="5,313 of human, 1,643 of mouse: DNase, ATAC, ChIP, CAGE",
     )
-    return {facts.name: facts for facts in [*found, enformer]}
+    language = [_language(name, weights) for name, weights in LANGUAGE_MODELS.items() if weights.settings is not None]
+    return {facts.name: facts for facts in [*found, enformer, *language]}
 
 
 #: Hub id -> the published weights that can be asked for by name. Licences are those that their repositories state.
@@ -258,17 +277,20 @@ def list_models() -> str:
     lines = ["Bundled:"]
     for name, model in bundled_models().items():
         content = model.content
+        tracks = f"bins of {content['bin_size']} bp, {len(content['tracks'])} tracks"
+        task = "masked tokens" if content["settings"].get("lm_head") else tracks
         lines.append(
             f"  {name}: {content['architecture']}, {content.get('parameters', 0):,} parameters, "
-            f"bins of {content['bin_size']} bp, trained with windows of {content['window']} bp "
-            f"on {len(content['tracks'])} tracks, licence {content.get('licence') or 'not stated'}"
+            f"{task}, trained with windows of {content['window']} bp, licence {content.get('licence') or 'not stated'}"
         )
     lines.append("Published, on the Hugging Face hub:")
     for name, facts in PUBLISHED.items():
+        size = "any size" if TRUNKS[facts.architecture].any_bin_size else f"{facts.bin_size} bp"
         lines.append(
-            f"  {name}: {facts.architecture}, bins of {facts.bin_size} bp, windows of {facts.window} bp, "
-            f"licence {facts.licence}"
+            f"  {name}: {facts.architecture}, bins of {size}, windows of {facts.window} bp, licence {facts.licence}"
         )
+    for name in [name for name, weights in LANGUAGE_MODELS.items() if weights.settings is None]:
+        lines.append(f"  {name}: language, licence {licence_of(name)}; the rest is in its files: convert it")
     lines.append(f"Architectures with random weights: {', '.join(TRUNKS)}.")
     lines.append("'seqgraft models NAME' prints what is known of one, and what fine-tuning it takes.")
     return "\n".join(lines)

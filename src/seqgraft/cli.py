@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TypeVar
 
@@ -70,7 +71,8 @@ def simulate(
 @app.command()
 def prepare(
     source: Annotated[
-        Path, typer.Argument(help="YAML file that says which files to read (kind: coverage, labelled, peaks).")
+        Path,
+        typer.Argument(help="YAML file that says which files to read (kind: coverage, fragments, labelled, peaks)."),
     ],
     folder: Annotated[Path, typer.Argument(help="New folder for the prepared dataset.")],
     settings: Settings = None,
@@ -83,7 +85,7 @@ def prepare(
     folds = ", ".join(f"{fold} {count}" for fold, count in dataset.regions["fold"].value_counts().items())
     _say(f"{folder}: {len(dataset)} regions ({folds}), {len(dataset.tracks)} tracks, {dataset.info.in_words}.")
     for name, note in dataset.info.notes.items():
-        if note:
+        if note and name not in ("tracks", "fragment_files"):  # a row each: NAME.qc.tsv, dataset.json
             text = duplicates_in_words(note) if name == "duplicates" else note
             if isinstance(text, dict):
                 text = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in text.items() if key != "files")
@@ -182,7 +184,7 @@ def predict(
 
 @app.command()
 def variants(
-    folder: Annotated[Path, typer.Argument(help="A finished run.")],
+    folder: Annotated[Path, typer.Argument(help="A finished run; with --genome, a language model.")],
     source: Annotated[Path, typer.Argument(help="Variants: VCF or BCF, plain or bgzipped.")],
     out: Annotated[Path, typer.Argument(help="Output: .parquet or .vcf.gz.")],
     config: Annotated[Path | None, typer.Option(help="YAML file that says how to score.")] = None,
@@ -191,13 +193,16 @@ def variants(
     replicate: Annotated[
         list[Path] | None, typer.Option(help="Another run of the same tracks to average with; may be repeated.")
     ] = None,
+    genome: Annotated[
+        Path | None, typer.Option(help="FASTA: score with a bundled model or model folder, by its masked likelihood.")
+    ] = None,
     settings: Settings = None,
 ) -> None:
     """Score what the alternative alleles of variants change in each track."""
     import re
 
     from seqgraft.errors import ConfigError
-    from seqgraft.run import score_run
+    from seqgraft.run import score_model, score_run
     from seqgraft.variants import VariantConfig
 
     numbers = re.fullmatch(r"([0-9]+)/([0-9]+)", shard)
@@ -205,7 +210,12 @@ def variants(
         raise ConfigError("this is no part of a file", shard, where="--shard", remedy="Write 1/16 to 16/16")
     parsed = _parsed(VariantConfig, config, settings)
     part = int(numbers[1]), int(numbers[2])
-    found = score_run(folder, source, out, parsed, resume=resume, shard=part, replicates=replicate or ())
+    if genome is None:
+        found = score_run(folder, source, out, parsed, resume=resume, shard=part, replicates=replicate or ())
+    elif replicate:
+        raise ConfigError("only runs have replicates", [str(path) for path in replicate], where="--replicate")
+    else:
+        found = score_model(str(folder), genome, source, out, parsed, resume=resume, shard=part)
     _say(f"{found.variants - found.unread} variants were scored. Computed for each: {found.in_words}.")
     if found.unread:
         _say(f"{found.unread} more lie in the window of no gene or region, and have no row.")
@@ -216,6 +226,43 @@ def variants(
     for reason, count in found.skipped.items():
         _say(f"{count} variants of the file were skipped: {reason}.")
     _say(f"The scores are in {found.files[0]}, the skipped variants in {found.files[-1]}.")
+
+
+@app.command()
+def effects(
+    folder: Annotated[Path, typer.Argument(help="A finished run of donors.")],
+    out: Annotated[Path, typer.Argument(help="New folder for the tables.")],
+    genes: Annotated[Path | None, typer.Option(help="A text file of genes, one per line: no others.")] = None,
+    predixcan: Annotated[bool, typer.Option("--predixcan", help="Write PrediXcan's weights and covariances.")] = False,
+    donors: Annotated[bool, typer.Option("--donors", help="Write predictions for every donor, by name.")] = False,
+    config: Annotated[Path | None, typer.Option(help="YAML file: measured effects to compare with, and more.")] = None,
+    settings: Settings = None,
+) -> None:
+    """What each variant does to the expression of genes, and which few explain the predictions for donors."""
+    from seqgraft.effects import EffectsConfig, with_extras
+    from seqgraft.run import effects_run
+
+    parsed = with_extras(_parsed(EffectsConfig, config, settings), genes=genes, predixcan=predixcan, donors=donors)
+    found = effects_run(folder, out, parsed)
+    table = found.genes
+    _say(f"{len(found.effects.table)} effects on {len(table)} genes. Computed for each: {found.effects.in_words}.")
+    told = f"Over the donors of fold {found.fold}, effects times dosage add up to"
+    _say(f"{told} the predictions with a mean r of {table['linear'].mean():.3f} within genes,")
+    _say(f"and to the measured expression with {table['pearson'].mean():.3f} (constants count 0).")
+    _say(f"{len(found.drivers)} drivers explain the predictions of {(table['drivers'] > 0).sum()} genes.")
+    if found.agreement is not None:
+        counts = found.agreement.counts
+        _say(
+            f"Of {counts['measured']} measured variants {counts['matched']} are in a window, {counts['swapped']} of them "
+            f"with REF and ALT the other way round: {counts['pairs']} pairs of variant and gene."
+        )
+        _say(found.agreement.table.round(3).to_string(index=False))
+    if found.predixcan is not None:
+        counts = found.predixcan
+        _say(f"PrediXcan's files have {counts['weights']} weights of {counts['genes']} genes, {counts['ids']} with an ID.")
+    if parsed.donors:
+        _say("donors.parquet names donors: keep it where their data are.")
+    _say(f"The tables are in {out}: {', '.join(path.name for path in found.files)}.")
 
 
 @app.command()
@@ -317,11 +364,40 @@ def embed(
 
 
 @app.command()
+def sweep(
+    source: Annotated[Path, typer.Argument(help="YAML file of the sweep.")],
+    folder: Annotated[Path, typer.Argument(help="Folder of the sweep: new, or one to go on with.")],
+    workers: Annotated[int, typer.Option(help="Cells at a time, each in a process of its own from 2 on.")] = 1,
+    ray: Annotated[str | None, typer.Option(help="Address of a Ray cluster to run the cells on.")] = None,
+    plan_only: Annotated[bool, typer.Option("--plan", help="Count cells, time and memory; run nothing.")] = False,
+    settings: Settings = None,
+) -> None:
+    """Run an experiment over methods, settings and seeds, compare them, and write tables and a report."""
+    from seqgraft.grids import read_sweep
+    from seqgraft.report import write_report
+    from seqgraft.sweep import plan_sweep, run_sweep
+
+    config = read_sweep(source, settings or ())
+    if plan_only:
+        found = plan_sweep(config, folder, workers)
+        _print_facts(found.facts)
+        for problem in found.problems:
+            typer.echo(f"seqgraft: {problem}", err=True)
+        _say("Some cells would fail." if found.problems else "Every cell would start.")
+        if found.problems:
+            raise typer.Exit(found.problems[0].exit_code)
+        return
+    swept = run_sweep(config, folder, workers=workers, ray=ray, tell=_say)
+    _say(f"{swept.ran} cells were run, {swept.found} were there already, {swept.failed} failed.")
+    _say(f"The tables are in {folder} (results, summary, tests), the report is {write_report(folder)}.")
+
+
+@app.command()
 def report(
-    folder: Annotated[Path, typer.Argument(help="A run, or a folder of runs to compare.")],
+    folder: Annotated[Path, typer.Argument(help="A run, a sweep, or a folder of runs to compare.")],
     out: Annotated[Path | None, typer.Option(help="Where to write the page; by default into the folder.")] = None,
 ) -> None:
-    """One self-contained HTML page of a run, or a comparison of runs."""
+    """One self-contained HTML page of a run or a sweep, or a comparison of runs."""
     from seqgraft.report import write_report
 
     _say(f"The report is {write_report(folder, out)}.")
@@ -335,10 +411,13 @@ def export(
     licence: Annotated[str, typer.Option(help="Licence of the weights.")] = "",
     citation: Annotated[str, typer.Option(help="How to cite them.")] = "",
     card: Annotated[Path | None, typer.Option(help="A Markdown file for people.")] = None,
+    half: Annotated[bool, typer.Option("--half", help="Store the weights in bfloat16, in half the space.")] = False,
 ) -> None:
     """Merge a run's adapter and write a model that 'model.name' accepts."""
     from seqgraft.card import write_card
     from seqgraft.errors import ConfigError
+    from seqgraft.experiment import read_experiment
+    from seqgraft.models.remote_code import allowing
     from seqgraft.run import export_run
 
     try:
@@ -346,8 +425,9 @@ def export(
     except (OSError, UnicodeDecodeError) as error:
         remedy = "Give a Markdown text file, or leave it out"
         raise ConfigError(f"the card cannot be read ({error})", where="--card", remedy=remedy) from error
-    difference = export_run(folder, out, name=name, licence=licence, citation=citation, card=text)
-    write_card(out)
+    difference = export_run(folder, out, name=name, licence=licence, citation=citation, card=text, half=half)
+    with allowing(read_experiment(folder / "experiment.yaml").model.remote_code):
+        write_card(out)
     _say(f"{out}: merged, with a relative difference of {difference:.1e}.")
 
 
@@ -369,10 +449,14 @@ def convert(
     trained_on: Annotated[
         Path | None, typer.Option(help="The published BED of the regions that the weights were trained on.")
     ] = None,
+    remote_code: Annotated[
+        str | None, typer.Option(help="The full commit whose Python files may run, for models made by their own code.")
+    ] = None,
 ) -> None:
     """Turn published weights into a model folder that 'model.name' accepts."""
     from seqgraft.card import write_card
     from seqgraft.errors import ConfigError
+    from seqgraft.models.remote_code import allowing
 
     tables = {head: Path(path) for head, _, path in (each.rpartition("=") for each in targets or [])}
     if source.endswith(".h5"):
@@ -381,9 +465,9 @@ def convert(
         if params is None:
             remedy = "Pass --params params.json, which lies beside the weights"
             raise ConfigError("the file of weights does not say how the network is built", source, remedy=remedy)
-        if trained_on is not None or revision is not None or set(tables) - {""}:
+        if trained_on is not None or revision is not None or remote_code is not None or set(tables) - {""}:
             remedy = "Set model.trained_on where the model is used, and give one table without a name"
-            what = "a Keras file takes no --trained-on, --revision or tables of heads"
+            what = "a Keras file takes no --trained-on, --revision, --remote-code or tables of heads"
             raise ConfigError(what, source, remedy=remedy)
         report = convert_baskerville(
             source, params, out, tables.get(""), name=name, licence=licence or "not stated", citation=citation
@@ -395,12 +479,13 @@ def convert(
         if params is not None or citation:
             what, remedy = "--params and --citation are for a Keras file (.h5)", "Leave them out: they are known here"
             raise ConfigError(what, source, where="convert", remedy=remedy)
-        loaded = load_published(source, revision=revision, targets=tables)
+        loaded = load_published(source, revision=revision, targets=tables, remote_code=remote_code)
         report = loaded.report
         seen = None if trained_on is None else regions_of(loaded, trained_on)
         licence = licence or licence_of(source)
         convert_published(loaded, out, name=name, licence=licence, source=source, revision=revision, trained_on=seen)
-    write_card(out)
+    with allowing(remote_code):
+        write_card(out)
     left = f"; left: {', '.join(report.left)}" if report.left else ""
     _say(f"{out}: {len(report.matched)} tensors of {source} are there{left}. Use it with model: {{name: {out}}}.")
 
@@ -418,15 +503,19 @@ def models(
 
 
 def _print_plan(found: Plan) -> None:
-    width = max((len(name) for name in found.facts), default=0)
-    for name, fact in found.facts.items():
-        _say(f"{name:<{width}}  {fact}")
+    _print_facts(found.facts)
     if found.problems:
         for problem in found.problems:
             typer.echo(f"seqgraft: {problem}", err=True)
         _say("fit would not start.")
     else:
         _say("fit would start.")
+
+
+def _print_facts(facts: Mapping[str, str]) -> None:
+    width = max((len(name) for name in facts), default=0)
+    for name, fact in facts.items():
+        _say(f"{name:<{width}}  {fact}")
 
 
 def _print_metrics(table: pd.DataFrame) -> None:

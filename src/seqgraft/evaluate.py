@@ -15,10 +15,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
+import torch
 
+from seqgraft.baselines import KmerSettings
 from seqgraft.controls import COVERAGE_BASELINES, LABEL_BASELINES, RANDOM_TRUNK, baseline_predictions
 from seqgraft.data.augment import Augmentation
 from seqgraft.data.dataset import Dataset, new_folder, open_dataset
+from seqgraft.data.duplicates import copies_in_earlier_folds
 from seqgraft.errors import ConfigError
 from seqgraft.genes import (
     GeneSettings,
@@ -37,10 +40,10 @@ from seqgraft.metrics import METRICS, Moments, centre_tracks, region_means
 from seqgraft.models.base import SequenceModel
 from seqgraft.models.weights import ModelConfig, build_pretrained
 from seqgraft.predict import FORWARD_ONLY, predict
-from seqgraft.scoring import METRICS_OF_LINK, Card, Scorecard
+from seqgraft.scoring import METRICS_OF_LINK, Card, Scorecard, clean_fold
 from seqgraft.tracks import TrackTable, unsquash
 
-__all__ = ["EvaluateConfig", "Evaluation", "GenesConfig", "compare_runs", "evaluate_model"]
+__all__ = ["EvaluateConfig", "Evaluation", "GenesConfig", "compare_runs", "evaluate_model", "fold_baselines"]
 
 Array = npt.NDArray[Any]
 
@@ -73,6 +76,7 @@ class EvaluateConfig:
         fold: which regions.
         ensemble: views to average over: both strands, shifts.
         baselines: which; None for all that suit the data.
+        kmers: of the regressions on labels among them.
         draws: bootstrap draws.
         block: bp of neighbouring regions that are drawn together; None for 50 kb or two regions, whichever is more.
         genes: gene-level scores, if asked.
@@ -83,6 +87,7 @@ class EvaluateConfig:
     fold: str = "test"
     ensemble: Augmentation = FORWARD_ONLY
     baselines: tuple[str, ...] | None = None
+    kmers: KmerSettings = field(default_factory=KmerSettings)
     draws: int = 1000
     block: int | None = None
     genes: GenesConfig | None = None
@@ -112,9 +117,9 @@ class Evaluation:
     Attributes:
         metrics: model, fold, group, track ("" for the mean over tracks), metric, value, low, high, n, unit, note.
         differences: the run minus each baseline in the leading metric, by paired bootstrap: baseline, track, metric,
-            value, low, high, unit.
+            value, low, high, unit, fold.
         genes: gene-level scores, or None.
-        moments: statistics of the run per region, for paired comparisons with other runs.
+        moments: statistics of the run per region without copies, for paired comparisons with other runs.
         examples: arrays of a few regions for figures.
     """
 
@@ -144,13 +149,18 @@ def evaluate_model(
     *,
     fold: str | None = None,
     extra: Mapping[str, Array] | None = None,
+    baselines: Mapping[str, Array] | None = None,
 ) -> Evaluation:
     """Scores a model and its baselines on a fold.
+
+    Where rows of the fold have exact or near copies in an earlier one (train, valid, test), the scores of the rows
+    without come first, as the fold "test without copies"; paired comparisons of runs are of these rows alone.
 
     Args:
         label: the model's name in the tables.
         start: the model it was adapted from; its own tracks serve as baselines.
         extra: further predictions to score, squashed, ``(rows of the fold, tracks, bins)``, by name.
+        baselines: what :func:`fold_baselines` gave for this fold; computed if None.
 
     Raises:
         ConfigError: the fold is empty, or a baseline does not suit the data.
@@ -163,35 +173,90 @@ def evaluate_model(
         :, : len(tracks)
     ]
     device = next(model.parameters()).device
-    baselines = baseline_predictions(dataset, rows, start, config.baselines, config.ensemble, config.batch_size, device)
+    if baselines is None:
+        baselines = fold_baselines(dataset, config, start, fold, device)
     predictions: dict[str, Array] = {label: own, **baselines, **(extra or {})}
-    blocks = _blocks(dataset, rows, config)
+    whole = _Rows(fold, "", rows, truth, predictions, _blocks(dataset, rows, config))
+    parts = _parts(whole, dataset)
+    tables, differences = zip(*(_score(part, dataset, config, label) for part in parts), strict=True)
+    forgotten = _forgetting(model, dataset, config, start, label, fold)
+    clean = parts[0]
+    return Evaluation(
+        metrics=pd.concat([*tables, *forgotten], ignore_index=True),
+        differences=pd.concat(differences, ignore_index=True),
+        genes=_genes(dataset, rows, predictions, config, fold) if config.genes else None,
+        moments=_moments(tracks, clean.truth, clean.predictions[label], clean.rows, clean.blocks),
+        examples=_examples(dataset, rows, truth, predictions, label),
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class _Rows:
+    """Rows of a fold that are scored together, and what tables say of them."""
+
+    fold: str
+    note: str
+    rows: npt.NDArray[np.int64]
+    truth: Array
+    predictions: Mapping[str, Array]
+    blocks: Array
+
+    def select(self, keep: npt.NDArray[np.bool_], fold: str, note: str) -> _Rows:
+        predictions = {name: values[keep] for name, values in self.predictions.items()}
+        return _Rows(fold, note, self.rows[keep], self.truth[keep], predictions, self.blocks[keep])
+
+
+def _parts(whole: _Rows, dataset: Dataset) -> list[_Rows]:
+    """First the rows without copies in earlier folds, if others have some; then all."""
+    copied = copies_in_earlier_folds(dataset)[whole.rows]
+    exact, near, rows = int((copied == "exact").sum()), int((copied == "near").sum()), len(copied)
+    if not exact + near:
+        return [whole]
+    left = rows - exact - near
+    summary = dataset.info.notes.get("duplicates") or {}
+    more = "" if summary.get("near_complete", True) else "; there may be more near ones"
+    note = f"{exact + near} of {rows} have copies in earlier folds ({exact} exact, {near} near){more}"
+    clean = whole.select(copied == "", clean_fold(whole.fold), f"{left} of {rows}, those without copies{more}")
+    return [clean, replace(whole, note=note)]
+
+
+def _score(part: _Rows, dataset: Dataset, config: EvaluateConfig, label: str) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """The scores of every model on these rows, and by how much the run differs from the others."""
+    tracks, rows, blocks = dataset.tracks, part.rows, part.blocks
     unit = "label" if dataset.info.bins == 1 else "squashed"
-    cards = {name: _cards(tracks, truth, values, rows) for name, values in predictions.items()}
-    tables = [_table(name, fold, unit, found, blocks, config) for name, found in cards.items()]
+    cards = {name: _cards(tracks, part.truth, values, rows) for name, values in part.predictions.items()}
+    tables = [_table(name, part.fold, unit, found, blocks, config) for name, found in cards.items()]
     if unit == "squashed" and any("pearson" in METRICS_OF_LINK[link] for link in tracks.frame["link"]):
         raw_truth = dataset.raw_targets(rows)
-        for name, values in predictions.items():
+        for name, values in part.predictions.items():
             raw = _cards(
                 tracks, raw_truth, unsquash(values.astype(np.float64), tracks, dataset.info.bin_size), rows, ["pearson"]
             )
-            tables.append(_table(name, fold, "raw", raw, blocks, config))
-        for name, values in predictions.items():
-            tables += _across(name, fold, tracks, truth, values, rows, blocks, config)
-    tables += _forgetting(model, dataset, config, start, label, fold)
+            tables.append(_table(name, part.fold, "raw", raw, blocks, config))
+        for name, values in part.predictions.items():
+            tables += _across(name, part.fold, tracks, part.truth, values, rows, blocks, config)
+    table = pd.concat(tables, ignore_index=True)
+    if part.note:
+        table["note"] = ["; ".join(filter(None, [part.note, note])) for note in table["note"]]
     leading = {name: _leading(found) for name, found in cards.items()}
     differences = [
-        _difference(leading[label], found, name, blocks, unit, config)
+        _difference(leading[label], found, name, blocks, unit, config).assign(fold=part.fold)
         for name, found in leading.items()
         if name != label
     ]
-    genes = _genes(dataset, rows, predictions, config, fold) if config.genes else None
-    return Evaluation(
-        metrics=pd.concat(tables, ignore_index=True),
-        differences=pd.concat(differences, ignore_index=True) if differences else pd.DataFrame(),
-        genes=genes,
-        moments=_moments(tracks, truth, own, rows, blocks),
-        examples=_examples(dataset, rows, truth, predictions, label),
+    return table, pd.concat(differences, ignore_index=True) if differences else pd.DataFrame()
+
+
+def fold_baselines(
+    dataset: Dataset, config: EvaluateConfig, start: ModelConfig, fold: str, device: torch.device
+) -> dict[str, Array]:
+    """The predictions of the baselines that ``config`` asks for, squashed, ``(rows of the fold, tracks, bins)``.
+
+    Raises:
+        ConfigError: the fold is empty, or a baseline does not suit the data.
+    """
+    return baseline_predictions(
+        dataset, dataset.rows(fold), start, config.baselines, config.ensemble, config.batch_size, device, config.kmers
     )
 
 
@@ -494,6 +559,9 @@ def compare_runs(
             raise ConfigError(
                 f"the file cannot be read ({error})", where=path, remedy="Run 'seqgraft evaluate' again"
             ) from error
+    if not all("moments" in part for part in loaded):
+        what, remedy = "a run has no statistics of tracks to compare", "Compare runs of coverage or labels"
+        raise ConfigError(what, [str(first), str(second)], remedy=remedy)
     same = all(np.array_equal(loaded[0][key], loaded[1][key]) for key in ("rows", "tracks", "blocks"))
     if not same:
         raise ConfigError(

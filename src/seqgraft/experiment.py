@@ -25,7 +25,7 @@ from seqgraft.adapters.freeze import LinearProbe
 from seqgraft.data import SOURCES
 from seqgraft.errors import ConfigError, Problems, SeqgraftError
 from seqgraft.evaluate import EvaluateConfig
-from seqgraft.losses import LOSSES, Loss
+from seqgraft.losses import LOSSES, TOKEN_LOSSES, Loss, MaskedTokens, PairLoss
 from seqgraft.models.weights import ModelConfig
 from seqgraft.train import TrainConfig
 from seqgraft.variants import OVERS, SCORERS, Over, Scorer
@@ -51,13 +51,14 @@ class Experiment:
     Attributes:
         data: folder of a prepared dataset.
         loss: one loss for all groups of tracks, or group -> loss; the usual one of each link if not given.
+            ``masked_tokens`` trains a language model on the sequences alone.
         allow_exposure: train although test windows overlap regions that the trunk was pretrained on.
     """
 
     data: Path
     model: ModelConfig = field(default_factory=ModelConfig)
     adapter: Adapter = field(default_factory=LinearProbe)
-    loss: Loss | Mapping[str, Loss] | None = None
+    loss: Loss | PairLoss | MaskedTokens | Mapping[str, Loss | PairLoss] | None = None
     train: TrainConfig = field(default_factory=TrainConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     allow_exposure: bool = False
@@ -187,7 +188,7 @@ def settings_of(value: object) -> Any:
 
 
 def _registries() -> list[Mapping[str, type]]:
-    return [ADAPTERS, LOSSES, SCORERS, OVERS, {kind: source for kind, (source, _) in SOURCES.items()}]
+    return [ADAPTERS, LOSSES, TOKEN_LOSSES, SCORERS, OVERS, {kind: source for kind, (source, _) in SOURCES.items()}]
 
 
 def build(cls: type[T], content: object, where: str) -> T:
@@ -241,7 +242,7 @@ def _convert(hint: Any, value: object, where: str) -> Any:
     if Loss in options:
         if isinstance(value, Mapping) and "kind" not in value:
             return {str(group): _build_kind(LOSSES, part, f"{where}.{group}") for group, part in value.items()}
-        return _build_kind(LOSSES, value, where)
+        return _build_kind({**LOSSES, **TOKEN_LOSSES}, value, where)
     if Over in options:
         return _build_kind(OVERS, {"kind": value} if isinstance(value, str) else value, where)
     if hint == tuple[Scorer, ...]:  # a kind alone means its defaults

@@ -14,8 +14,7 @@ from seqgraft.data.dataset import Dataset
 from seqgraft.data.seen import TRUNK_FOLDS, exposure, read_trunk_folds, seen_of
 from seqgraft.errors import DataError, SeqgraftError
 from seqgraft.experiment import Experiment
-from seqgraft.models.folders import find_model
-from seqgraft.models.weights import ModelConfig, is_random
+from seqgraft.models.weights import ModelConfig, is_random, pretrained_of
 
 __all__ = ["MAX_EXPOSURE", "Exposure", "inherited", "test_exposure"]
 
@@ -143,7 +142,7 @@ def inherited(config: ModelConfig, dataset: Dataset) -> tuple[str | None, pd.Dat
 
 def _told(config: ModelConfig) -> tuple[str | None, str | None, Path | None, Path | None]:
     """What there is about the regions that a trunk saw, as ``seen_of`` takes it."""
-    pretrained, bed = find_model(config.name, config.revision), config.trained_on
+    pretrained, bed = pretrained_of(config), config.trained_on
     key, genome, own = None, None, None
     if pretrained is not None:
         key, genome, own = pretrained.folds, pretrained.content.get("genome"), pretrained.trained_on

@@ -11,6 +11,7 @@ import json
 import os
 import sys
 import zlib
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -28,11 +29,14 @@ __all__ = [
     "Interval",
     "Variant",
     "cache_folder",
+    "check_assembly",
     "match_chroms",
+    "read_alignments",
     "read_bed",
     "read_bed_on",
     "read_bed_table",
     "read_gtf",
+    "read_lines",
     "read_vcf",
     "read_vcf_rows",
     "vcf_text",
@@ -204,6 +208,31 @@ def match_chroms(
     raise DataError("the genome has no chromosome", absent[0], where=where, remedy=remedy)
 
 
+_ENOUGH = 10  # variants from which a share says something about the whole file
+
+
+def check_assembly(path: Path, genome: Genome, compared: int, wrong: int, swapped: int) -> None:
+    """What the REF alleles of a whole VCF say about it.
+
+    Args:
+        compared: alleles whose REF was held against the FASTA.
+        wrong: of those, REF is not what stands there.
+        swapped: of those, ALT is.
+
+    Raises:
+        DataError: more than a quarter are wrong: alleles are swapped, or the file is of another assembly.
+    """
+    if compared < _ENOUGH or 4 * wrong <= compared:
+        return
+    if 10 * swapped > 9 * wrong:
+        remedy = "Write the reference base as REF, as 'bcftools norm --check-ref s' does; signs depend on it"
+        what = "REF and ALT are swapped in many variants"
+        raise DataError(what, f"{swapped} of {compared}", where=path, remedy=remedy)
+    remedy = f"The FASTA is {genome.path.name}: use variants of that assembly, or lift them over"
+    what = "REF differs from the FASTA in many variants: the VCF is of another assembly"
+    raise DataError(what, f"{wrong} of {compared}", where=path, remedy=remedy)
+
+
 def cache_folder() -> Path:
     """``$SEQGRAFT_CACHE``, or the user's cache folder."""
     if own := os.environ.get("SEQGRAFT_CACHE"):
@@ -312,7 +341,7 @@ def _encode(letters: bytes, where: str, before: int) -> Codes:
 def _read_fasta(path: Path, chunk: int = 1 << 24) -> Iterator[tuple[bytes | None, bytes]]:
     """``(header, b"")`` for each contig, then ``(None, letters)`` for the pieces of its sequence."""
     started = False
-    for text in _read_lines(path, chunk):
+    for text in read_lines(path, chunk):
         position = 0
         while position < len(text):
             if text[position : position + 1] == b">":
@@ -337,8 +366,12 @@ def _read_fasta(path: Path, chunk: int = 1 << 24) -> Iterator[tuple[bytes | None
 _BGZF_END = bytes.fromhex("1f8b08040000000000ff0600424302001b0003000000000000000000")
 
 
-def _read_lines(path: Path, chunk: int) -> Iterator[bytes]:
-    """Pieces of a plain or gzipped file that end at line ends."""
+def read_lines(path: Path, chunk: int) -> Iterator[bytes]:
+    """Pieces of ``chunk`` bytes or a line more of a plain or gzipped file, each of whole lines.
+
+    Raises:
+        DataError: the file is truncated; of a bgzipped one, that is said before anything is read.
+    """
     with path.open("rb") as raw:
         start = raw.read(18)
         raw.seek(0)
@@ -427,7 +460,7 @@ def _text_lines(path: Path) -> Iterator[str]:
     if not path.is_file():
         raise DataError("the file does not exist", where=path, remedy="Check the path")
     try:
-        for text in _read_lines(path, 1 << 22):
+        for text in read_lines(path, 1 << 22):
             yield from (line.decode() for line in text.splitlines())  # not at form feeds, as of str
     except UnicodeDecodeError as error:
         raise DataError("the file is not text", where=path, remedy="Give a plain or gzipped text file") from error
@@ -525,6 +558,41 @@ def read_vcf_rows(path: Path | str) -> Iterator[tuple[int, int, Variant]]:
         raise DataError(f"the VCF file cannot be read ({error})", where=path, remedy=remedy) from error
 
 
+def read_alignments(
+    path: Path | str, tag: str, skipped: Counter[str]
+) -> Iterator[tuple[str, bool, str | None, list[tuple[int, int]]]]:
+    """Reads of a BAM or CRAM file: chromosome, whether on the reverse strand, value of ``tag``, aligned blocks.
+
+    Blocks are 0-based and half-open; introns and deletions lie between them. Left out, and counted in ``skipped``, are
+    reads that are unmapped, secondary or supplementary, that failed quality checks, and duplicates: flagged ones and,
+    where reads have the tag ``xf`` of Cell Ranger, all but the one read (bit 8) that stands for a molecule.
+
+    Raises:
+        DataError: no such file, it cannot be read or is truncated, or its reads are pairs.
+    """
+    import pysam
+
+    path = Path(path)
+    if not path.is_file():
+        raise DataError("the BAM file does not exist", where=path, remedy="Check the path")
+    try:
+        with pysam.AlignmentFile(str(path), check_sq=False) as file:
+            for read in file:
+                if read.is_paired:
+                    remedy = "Write a fragment file of it (sinto, SnapATAC2), which says where pairs begin and end"
+                    raise DataError("the reads of the BAM file are pairs", read.query_name, where=path, remedy=remedy)
+                if read.is_unmapped or read.is_secondary or read.is_supplementary or read.is_qcfail:
+                    skipped["unmapped, secondary or failed"] += 1
+                elif read.is_duplicate or (read.has_tag("xf") and not int(read.get_tag("xf")) & 8):
+                    skipped["duplicates"] += 1
+                else:
+                    barcode = str(read.get_tag(tag)) if read.has_tag(tag) else None
+                    yield str(read.reference_name), read.is_reverse, barcode, read.get_blocks()
+    except (OSError, ValueError) as error:
+        remedy = "It may be truncated or no BAM: copy it again"
+        raise DataError(f"the BAM file cannot be read ({error})", where=path, remedy=remedy) from error
+
+
 def vcf_text(path: Path | str) -> Iterator[str]:
     """The lines of a VCF (plain or gzipped; as they are) or BCF file, without line ends: first the header's."""
     import pysam
@@ -540,6 +608,19 @@ def vcf_text(path: Path | str) -> Iterator[str]:
     with pysam.VariantFile(str(path)) as records:
         yield from str(records.header).splitlines()
         yield from (str(record).rstrip("\n") for record in records)
+
+
+def write_bgzip(path: Path | str, pieces: Iterable[str]) -> None:
+    """Writes text, bgzipped.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    import pysam
+
+    with pysam.BGZFile(str(path), "wb", None) as file:
+        for piece in pieces:
+            file.write(piece.encode())
 
 
 def write_vcf(path: Path | str, lines: Iterable[str]) -> bool:

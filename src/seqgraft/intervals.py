@@ -15,6 +15,13 @@ from seqgraft.metrics import Statistics
 __all__ = [
     "Estimate",
     "bootstrap_interval",
+    "bootstrap_p",
+    "combine_p",
+    "estimate",
+    "hierarchical_draws",
+    "hierarchical_estimate",
+    "holm",
+    "mcnemar",
     "paired_bootstrap",
     "replicate_ceiling",
     "segment_blocks",
@@ -67,19 +74,32 @@ def _draws(blocks: Array, draws: int, seed: int) -> Iterator[Floats]:
 
 
 def _estimate(value: Floats, compute: Callable[[Floats], Floats], blocks: Array, draws: int, seed: int) -> Estimate:
+    if len(np.unique(blocks)) < 2 or not np.isfinite(value).any():
+        return estimate(value, np.empty((0, len(value))))
+    return estimate(value, np.concatenate([compute(weights) for weights in _draws(blocks, draws, seed)]))
+
+
+def estimate(value: Floats, drawn: Floats) -> Estimate:
+    """Values per track ``(tracks,)`` with the 95 % percentile intervals of what was drawn, ``(draws, tracks)``."""
     value = np.where(np.isfinite(value), value, np.nan)
     defined = np.isfinite(value)
     bounds, mean_bounds = np.full((2, len(value)), np.nan), np.full(2, np.nan)
-    if len(np.unique(blocks)) > 1 and defined.any():
-        drawn = np.concatenate([compute(weights)[:, defined] for weights in _draws(blocks, draws, seed)])
+    if len(drawn) and defined.any():
+        drawn = drawn[:, defined]
         finite = np.isfinite(drawn)
         columns = zip(drawn.T, finite.T, strict=True)
         bounds[:, defined] = np.array([_quantiles(column[keep]) for column, keep in columns]).T
-        means = np.where(finite, drawn, 0).sum(1) / np.maximum(finite.sum(1), 1)
-        mean_bounds = _quantiles(means[finite.any(1)])
+        mean_bounds = _quantiles(_means(drawn))
     mean = float(value[defined].mean()) if defined.any() else float("nan")
     low, high = (float(bound) for bound in mean_bounds)
     return Estimate(value, bounds[0], bounds[1], mean, low, high, int((~defined).sum()))
+
+
+def _means(drawn: Floats) -> Floats:
+    """The mean over the tracks where a draw is defined, of draws with any."""
+    finite = np.isfinite(drawn)
+    means = np.where(finite, drawn, 0).sum(1) / np.maximum(finite.sum(1), 1)
+    return np.asarray(means[finite.any(1)])
 
 
 def _quantiles(drawn: Floats) -> Floats:
@@ -111,6 +131,138 @@ def paired_bootstrap(
         draws,
         seed,
     )
+
+
+def bootstrap_of_means(
+    values: Array,
+    blocks: Array,
+    *,
+    draws: int = 1000,
+    seed: int = 0,
+    of: Callable[[Floats], Floats] = lambda means: means,
+) -> Estimate:
+    """Means over items of ``values`` ``(items, columns)``, or what ``of`` makes of them, with 95 % intervals.
+
+    Whole blocks of items are drawn with replacement; ``blocks`` is ``(items,)``. Estimates stand where tracks do.
+
+    Args:
+        of: from means ``(..., columns)`` to numbers ``(..., estimates)``.
+    """
+
+    def compute(weights: Floats) -> Floats:
+        return of(weights @ values / weights.sum(-1, keepdims=True))
+
+    return _estimate(compute(np.ones(len(values))), compute, blocks, draws, seed)
+
+
+def hierarchical_draws(
+    runs: Sequence[Statistics], metric: str, blocks: Array, *, draws: int = 1000, seed: int = 0
+) -> Floats:
+    """The mean of a metric over runs of several seeds when seeds and regions are drawn again, ``(draws, tracks)``.
+
+    Each draw takes blocks of regions with replacement, the same for all runs (they share their test items, so the two
+    factors are crossed: the pigeonhole bootstrap, Owen 2007), and n - 1 of the n runs with replacement, since n of n
+    would make the variance between seeds too small by (n - 1) / n (Rao and Wu 1988). One run is kept as it is: its
+    interval is that over regions. The draws of two methods with as many runs are paired in both: give the runs in the
+    order of their seeds, which share the start of the heads and the order of the batches.
+
+    Returns:
+        No rows where there are fewer than two blocks.
+    """
+    _aligned(blocks, *runs)
+    if len(np.unique(blocks)) < 2:
+        return np.empty((0, len(runs[0].compute(metric))))
+    generator, n = np.random.default_rng([seed, len(runs)]), len(runs)
+    parts = []
+    for weights in _draws(blocks, draws, seed):
+        each = np.stack([run.compute(metric, weights) for run in runs])  # (runs, part, tracks)
+        taken = generator.multinomial(max(n - 1, 1), np.full(n, 1 / n), size=len(weights)).T[:, :, None]
+        known = np.isfinite(each) & (taken > 0)
+        with np.errstate(invalid="ignore"):
+            parts.append(np.where(known, each * taken, 0.0).sum(0) / np.where(known, taken, 0).sum(0))
+    return np.concatenate(parts)
+
+
+def hierarchical_estimate(value: Floats, drawn: Floats, seeds: Floats, blocks: Array) -> tuple[Estimate, float]:
+    """Intervals, and the two-sided p-value of "the mean over tracks is zero", that hold with few seeds.
+
+    A bootstrap knows only the seeds that were run: of two that lie on one side of zero it would be sure. So s, the part
+    of the variance that n seeds give, is estimated without bias of its median (times (n - 1) / the median of chi square
+    with n - 1 degrees of freedom), and the draws are widened about the value to Student's distribution with
+    Satterthwaite's (1946) degrees of freedom: v^2 / (s^2 / (n - 1) + (v - s)^2 / (blocks - 1)), v the whole variance.
+    The p-value is Student's, or that of the draws as they are if it is larger. Where the seeds' noise outweighs that of
+    the regions, methods that are alike have p < 0.05 in at most 9 % of cases with two seeds, 6 % with three, 5 % with
+    five (simulated; 29, 19 and 12 % by the draws alone).
+
+    Args:
+        value: per track ``(tracks,)``; ``drawn`` ``(draws, tracks)`` from :func:`hierarchical_draws`, or a difference.
+        seeds: the mean over tracks of each seed ``(n,)``.
+        blocks: block number of each region.
+    """
+    from scipy.stats import chi2, norm, t
+
+    means, n = _means(drawn), len(seeds)
+    if not len(means):
+        return estimate(value, drawn), float("nan")
+    drawn_variance = float(means.var())
+    if drawn_variance == 0 or not np.isfinite(value).any():
+        return estimate(value, drawn), bootstrap_p(drawn)
+    seen = min(float(np.var(seeds, ddof=1)) / n, drawn_variance) if n > 1 else 0.0
+    share = seen * (n - 1) / chi2.ppf(0.5, n - 1) if n > 1 else 0.0
+    total = drawn_variance - seen + share
+    freedom = total**2 / (share**2 / max(n - 1, 1) + (total - share) ** 2 / (len(np.unique(blocks)) - 1))
+    wider = t.ppf(0.975, freedom) / norm.ppf(0.975) * (total / drawn_variance) ** 0.5
+    student = 2 * float(t.sf(abs(np.nanmean(value)) / total**0.5, freedom))
+    return estimate(value, value + wider * (drawn - value)), max(student, bootstrap_p(drawn))
+
+
+def bootstrap_p(drawn: Floats) -> float:
+    """Two-sided p-value of "no difference" from drawn differences ``(draws, tracks)``, of the mean over tracks.
+
+    Twice the smaller share of draws on either side of zero, where the observed one counts as a draw: never below
+    2 / (draws + 1).
+    """
+    means = _means(drawn)
+    if not len(means):
+        return float("nan")
+    beyond = min(int((means <= 0).sum()), int((means >= 0).sum()))
+    return min(1.0, 2 * (beyond + 1) / (len(means) + 1))
+
+
+def mcnemar(first: Array, second: Array) -> tuple[int, int, float]:
+    """McNemar's exact test: items that only the first, or only the second, has right, and the two-sided p-value.
+
+    Args:
+        first, second: whether each item is right, bool ``(items,)``.
+    """
+    from scipy.stats import binomtest
+
+    only_first, only_second = int((first & ~second).sum()), int((~first & second).sum())
+    total = only_first + only_second
+    return only_first, only_second, float(binomtest(only_first, total, 0.5).pvalue) if total else 1.0
+
+
+def combine_p(values: Sequence[float]) -> float:
+    """One p-value from several of the same items, whatever their dependence: n / k times the k-th smallest, k = n / 2.
+
+    Rounded up to a whole k: the smallest doubled for two, 1.5 times the median for three (Rueger 1978).
+    """
+    known = sorted(value for value in values if np.isfinite(value))
+    if not known:
+        return float("nan")
+    k = -(-len(known) // 2)
+    return float(min(1.0, len(known) / k * known[k - 1]))
+
+
+def holm(values: Sequence[float]) -> Floats:
+    """p-values adjusted for their number (Holm 1979); NaN stays NaN and is not counted."""
+    p = np.asarray(values, np.float64)
+    adjusted, order = np.full(len(p), np.nan), [i for i in np.argsort(p) if np.isfinite(p[i])]
+    highest = 0.0
+    for position, index in enumerate(order):
+        highest = max(highest, min(1.0, (len(order) - position) * float(p[index])))
+        adjusted[index] = highest
+    return adjusted
 
 
 def _aligned(blocks: Array, *statistics: Statistics) -> None:

@@ -23,7 +23,7 @@ from torch import Tensor
 from seqgraft.errors import ConfigError, DataError
 
 __all__ = ["LOSSES", "BinaryCrossEntropy", "CrossEntropy", "Huber", "Loss", "MeanSquaredError", "Poisson"]
-__all__ += ["PoissonMultinomial"]
+__all__ += ["TOKEN_LOSSES", "AllPairs", "MaskedTokens", "PairClassification", "PairLoss", "Pairs", "PoissonMultinomial"]
 
 # Keeps log(0) finite. The value is part of the published Borzoi loss, so it is not a setting.
 EPSILON = 1e-7
@@ -199,11 +199,122 @@ class CrossEntropy:
         return (elements.sum(1) * units).sum(), (weights.sum(1) * units).sum()
 
 
-LOSSES: dict[str, type[Loss]] = {
+@dataclass(frozen=True)
+class MaskedTokens:
+    """Cross-entropy of a language model's tokens that were hidden from it; tracks play no part.
+
+    The objective of this name (``seqgraft.objectives``) hides them and computes it.
+
+    Attributes:
+        share: of the tokens, how many are hidden (Devlin et al. 2019: 0.15).
+    """
+
+    share: float = 0.15
+
+    def __post_init__(self) -> None:
+        if not 0 < self.share < 1:
+            raise ConfigError("must be a share of the tokens, above 0 and below 1", self.share, where="loss.share")
+
+
+class PairLoss(Protocol):
+    """A loss of how examples of one gene differ; ``genes`` int ``(batch,)`` says which are of one.
+
+    All other tensors are ``(batch, tracks, 1)``; the weight is the number of pairs, or of what stands for them.
+    """
+
+    def of_genes(self, *, y_true: Tensor, y_pred: Tensor, mask: Tensor, genes: Tensor) -> tuple[Tensor, Tensor]: ...
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """``((s1 - s2) - (y1 - y2))^2`` of disjoint pairs of donors: pairwise regression (Rastogi et al. 2026).
+
+    Neighbours in the batch are a pair: a donor is in one pair at most, and which pairs there are is drawn every epoch.
+    """
+
+    on: ClassVar[Literal["rate", "logits"]] = "logits"
+
+    def of_genes(self, *, y_true: Tensor, y_pred: Tensor, mask: Tensor, genes: Tensor) -> tuple[Tensor, Tensor]:
+        y_true, y_pred, valid = _prepare(y_true, y_pred, mask)
+        first, second = _neighbours(genes)
+        both = (valid[first] & valid[second]).to(y_pred.dtype)
+        error = (y_pred[first] - y_pred[second]) - (y_true[first] - y_true[second])
+        return (error**2 * both).sum(), both.sum()
+
+
+@dataclass(frozen=True)
+class PairClassification:
+    """Cross-entropy of which of two donors has more: ``p = Phi((s1 - s2) / sqrt(2))`` (Thurstone's law of comparison).
+
+    Pairs as of ``Pairs``. Rastogi et al. put Anscombe's ``2 sqrt(s + 3/8)`` before the difference, which makes
+    scores that are counts of one variance; scores of a new head are on that scale from the start.
+
+    Attributes:
+        least: pairs whose targets differ by less than this (in standard deviations of the gene) do not count: their
+            order is mostly noise. Rastogi et al. leave out pairs within 25 percentiles, about 0.65 of a normal one.
+    """
+
+    least: float = 0.65
+    on: ClassVar[Literal["rate", "logits"]] = "logits"
+
+    def of_genes(self, *, y_true: Tensor, y_pred: Tensor, mask: Tensor, genes: Tensor) -> tuple[Tensor, Tensor]:
+        y_true, y_pred, valid = _prepare(y_true, y_pred, mask)
+        first, second = _neighbours(genes)
+        apart = y_true[first] - y_true[second]
+        counts = (valid[first] & valid[second] & (apart.abs() >= self.least)).to(y_pred.dtype)
+        towards = torch.where(apart >= 0, 1.0, -1.0)  # log Phi(-x) = log(1 - Phi(x))
+        chance = torch.special.log_ndtr(towards * (y_pred[first] - y_pred[second]) / math.sqrt(2))
+        return -(chance * counts).sum(), counts.sum()
+
+
+@dataclass(frozen=True)
+class AllPairs:
+    """``alpha`` times the squared error, and ``1 - alpha`` times that of the differences of all pairs of a gene.
+
+    The mean of ``((s_i - s_j) - (y_i - y_j))^2`` over the pairs of n donors is twice the sample variance of the errors
+    ``e = s - y``: ``2 / (n - 1) sum (e_i - mean e)^2``. So n passes give n (n - 1) / 2 pairs (as in Variformer, with
+    alpha 0.5). With alpha 0 nothing is asked of a gene's mean. The weight is the number of donors.
+    """
+
+    alpha: float = 0.5
+    on: ClassVar[Literal["rate", "logits"]] = "logits"
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.alpha <= 1:
+            raise ConfigError("must be from 0 to 1", self.alpha, where="loss.alpha")
+
+    def of_genes(self, *, y_true: Tensor, y_pred: Tensor, mask: Tensor, genes: Tensor) -> tuple[Tensor, Tensor]:
+        y_true, y_pred, valid = _prepare(y_true, y_pred, mask)
+        error, known = (y_pred - y_true)[:, :, 0], valid[:, :, 0].to(y_pred.dtype)
+        group = torch.unique(genes, return_inverse=True)[1]
+        shape = (int(group.max()) + 1, error.shape[1])
+        count = error.new_zeros(shape).index_add(0, group, known)
+        mean = error.new_zeros(shape).index_add(0, group, error * known) / count.clamp(min=1)
+        apart = (error - mean[group]) ** 2 * known
+        pairs = (2 * count / (count - 1).clamp(min=1))[group] * apart  # n times the mean over the pairs of n donors
+        return (self.alpha * error**2 * known + (1 - self.alpha) * pairs).sum(), known.sum()
+
+
+def _neighbours(genes: Tensor) -> tuple[Tensor, Tensor]:
+    """Examples 0 and 1, 2 and 3, ... of every run of one gene."""
+    new = torch.ones_like(genes, dtype=torch.bool)
+    new[1:] = genes[1:] != genes[:-1]
+    at = torch.arange(len(genes), device=genes.device)
+    place = at - torch.where(new, at, 0).cummax(0).values
+    first = at[:-1][(place[:-1] % 2 == 0) & ~new[1:]]
+    return first, first + 1
+
+
+LOSSES: dict[str, type] = {
     "poisson": Poisson,
     "poisson_multinomial": PoissonMultinomial,
     "mse": MeanSquaredError,
     "huber": Huber,
     "bce": BinaryCrossEntropy,
     "cross_entropy": CrossEntropy,
+    "pairs": Pairs,
+    "pair_classification": PairClassification,
+    "all_pairs": AllPairs,
 }
+#: Those of the sequences themselves, whatever the tracks.
+TOKEN_LOSSES: dict[str, type] = {"masked_tokens": MaskedTokens}

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -23,23 +23,36 @@ from torch._subclasses.fake_tensor import (
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from seqgraft.adapters.base import adapted_of
 from seqgraft.models.base import SequenceModel, State
 from seqgraft.objectives import Objective
 from seqgraft.predict import Precision, autocast
 from seqgraft.sample import Sample
 
-__all__ = ["LiveBytes", "bytes_per_row", "bytes_without_computing", "training_step"]
+__all__ = [
+    "FrozenBytes",
+    "LiveBytes",
+    "bytes_per_row",
+    "bytes_without_computing",
+    "storage_bytes",
+    "tensors_of",
+    "training_step",
+]
 
 _NEEDS_VALUES = (DataDependentOutputException, DynamicOutputShapeException, UnsupportedOperatorException)
 
 
 class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts the bytes of all tensors that operations make, as long as they live; ``peak`` is the most at one time."""
+    """Counts the bytes of all tensors that operations make, as long as they live; ``peak`` is the most at one time.
 
-    def __init__(self) -> None:
+    Args:
+        beside: tensors that are there already: views of them are nothing new.
+    """
+
+    def __init__(self, beside: Iterable[Tensor] = ()) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.now = self.peak = 0
-        self._seen: set[int] = set()
+        self._seen = {tensor.untyped_storage()._cdata for tensor in beside}
 
     def __torch_dispatch__(
         self, func: Callable[..., Any], types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -61,6 +74,54 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _release(self, key: int, size: int) -> None:
         self._seen.discard(key)
         self.now -= size
+
+
+@dataclass(frozen=True)
+class FrozenBytes:
+    """What the frozen tensors of an adapted trunk hold, all of them counted, and what they held before quantisation."""
+
+    now: int
+    before: int
+
+    @classmethod
+    def of(cls, model: SequenceModel) -> FrozenBytes:
+        adapted = adapted_of(model)
+        trains = {name for name, group in adapted.groups.items() if group == "trunk"}
+        own = sum(p.nbytes for name, p in model.named_parameters() if name in trains)
+        now = storage_bytes(tensor for tensor in tensors_of(model.trunk) if not tensor.requires_grad)
+        return cls(now, adapted.trunk_bytes - own)
+
+    @property
+    def quantised(self) -> bool:
+        return self.now < self.before
+
+
+def tensors_of(module: nn.Module) -> Iterator[Tensor]:
+    """Parameters and buffers, and what quantised weights have beside them: scales, tables of values, other views."""
+    yield from module.parameters()
+    yield from module.buffers()
+    for inner in module.modules():
+        if _is_quantiser(inner):
+            yield from _beside(inner)
+            yield from _beside(inner.weight)
+
+
+def _is_quantiser(thing: object) -> bool:
+    return type(thing).__module__.startswith("bitsandbytes.")
+
+
+def _beside(thing: object) -> Iterator[Tensor]:
+    for value in vars(thing).values():
+        if isinstance(value, Tensor):
+            yield value
+        elif _is_quantiser(value) and not isinstance(value, nn.Module):
+            yield from _beside(value)
+
+
+def storage_bytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes of the tensors, those that share memory counted once."""
+    storages = {storage._cdata: storage.nbytes() for storage in (tensor.untyped_storage() for tensor in tensors)}
+    return sum(storages.values())
 
 
 def training_step(model: SequenceModel, objective: Objective, sample: Sample, precision: Precision) -> Tensor:
@@ -134,4 +195,5 @@ def _shaped_sample(sample: Sample) -> Sample:
         return {name: _shaped(value) for name, value in values.items()}
 
     tensors = {name: getattr(sample, name) for name in ("codes", "lengths", "row", "targets", "mask")}
-    return replace(sample, **shaped(tensors), covariates=shaped(sample.covariates))
+    hidden = None if sample.hidden is None else replace(sample.hidden, **shaped(vars(sample.hidden)))
+    return replace(sample, **shaped(tensors), covariates=shaped(sample.covariates), hidden=hidden)

@@ -32,6 +32,7 @@ __all__ = [
     "Values",
     "centre_tracks",
     "mean_score",
+    "pearson_within",
     "region_means",
 ]
 
@@ -472,3 +473,26 @@ def region_means(values: Array, mask: Array | None = None) -> Floats:
 def centre_tracks(values: Array) -> Floats:
     """Subtract from ``(rows, tracks, bins)`` each row and bin's mean over the tracks: the rest is track-specific."""
     return np.asarray(values - np.mean(values, axis=1, keepdims=True, dtype=np.float64), np.float64)
+
+
+def pearson_within(
+    truth: npt.NDArray[np.floating], predicted: npt.NDArray[np.floating], groups: npt.NDArray[np.integer]
+) -> npt.NDArray[np.float64]:
+    """Pearson correlation within each group, in the order of the groups' numbers: of a gene across donors, say.
+
+    All arrays are ``(examples,)``; examples with a missing truth are left out. A constant prediction, or truth, tells
+    nothing about who has more: its correlation is 0, not undefined, and so is that of fewer than three examples.
+    """
+    known = np.isfinite(truth)
+    names, group = np.unique(groups, return_inverse=True)
+    group, x, y = group[known], truth[known].astype(np.float64), predicted[known].astype(np.float64)
+
+    def sums(values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+        return np.bincount(group, values, minlength=len(names))
+
+    count = np.bincount(group, minlength=len(names))
+    x, y = (v - (sums(v) / np.maximum(count, 1))[group] for v in (x, y))
+    across, of_x, of_y = sums(x * y), sums(x * x), sums(y * y)
+    size = sums(np.abs(predicted[known]).astype(np.float64)) / np.maximum(count, 1)
+    told = (count > 2) & (of_x > 0) & (of_y > count * (1e-7 * size) ** 2)  # more than float32's rounding
+    return np.where(told, across / np.sqrt(np.where(told, of_x * of_y, 1.0)), 0.0)

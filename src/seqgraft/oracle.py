@@ -13,7 +13,13 @@ at a strong (upper-case) or weak (lower-case) position of the pattern, none at a
   over regulator and core sites (activity ``atac_core``), with a Gaussian bell of standard deviation ``atac_width`` and
   height 1, cut at three standard deviations.
 
-Decoys look like regulators and do nothing. Nothing outside the given window counts.
+* ``k27ac = background * exp(gain * sum(activity * occupancy * bell(distance)))``, with a wider bell and numbers of its
+  own in ``data/simulated_cells.json``.
+* ``k4me3 = background + height * sum(rate * bell(distance))`` over core sites of both strands, ``rate`` that at which
+  they start transcripts, with a bell ``downstream`` of their TSS.
+
+Decoys look like regulators and do nothing. Nothing outside the given window counts. ``simulated_cells.json`` also has
+the activities of four cell types, which are conditions like the others; it is frozen on its own.
 """
 
 from __future__ import annotations
@@ -37,8 +43,10 @@ __all__ = [
     "Motif",
     "Rules",
     "Sites",
+    "cell_difficulty",
     "difficulty",
     "expected",
+    "expected_marks",
     "grammar",
     "motif_difference",
     "oracle",
@@ -107,10 +115,11 @@ class Grammar:
     motifs: tuple[Motif, ...]
     base_conditions: tuple[str, ...]
     new_conditions: tuple[str, ...]
+    cell_types: tuple[str, ...]
 
     @property
     def conditions(self) -> tuple[str, ...]:
-        return self.base_conditions + self.new_conditions
+        return self.base_conditions + self.new_conditions + self.cell_types
 
     def role(self, *roles: str) -> tuple[Motif, ...]:
         """The motifs with one of these roles."""
@@ -148,24 +157,33 @@ class Sites:
 @cache
 def difficulty() -> tuple[dict[str, Any], str]:
     """The content of the frozen ``data/simulation.json`` and its sha256."""
-    content = resources.files("seqgraft").joinpath("data", "simulation.json").read_bytes()
+    return _frozen("simulation.json")
+
+
+@cache
+def cell_difficulty() -> tuple[dict[str, Any], str]:
+    """The content of the frozen ``data/simulated_cells.json`` and its sha256."""
+    return _frozen("simulated_cells.json")
+
+
+def _frozen(name: str) -> tuple[dict[str, Any], str]:
+    content = resources.files("seqgraft").joinpath("data", name).read_bytes()
     return json.loads(content), hashlib.sha256(content).hexdigest()
 
 
 @cache
 def grammar() -> Grammar:
-    """The grammar in ``data/simulation.json``."""
-    content, _ = difficulty()
-    base, new = content["conditions"]["base"], content["conditions"]["new"]
+    """The grammar in ``data/simulation.json``, with the cell types of ``data/simulated_cells.json``."""
+    content, cells = difficulty()[0], cell_difficulty()[0]
+    base, new, types = content["conditions"]["base"], content["conditions"]["new"], cells["conditions"]
     rules = Rules(**content["rules"])
     motifs = []
     for name, entry in content["motifs"].items():
         constant = rules.atac_core if entry["role"] == "core" else 0.0
-        activity = entry.get("activity", {})
-        motifs.append(
-            Motif(name, entry["role"], entry["pattern"], tuple(activity.get(c, constant) for c in base + new))
-        )
-    return Grammar(rules, tuple(motifs), tuple(base), tuple(new))
+        activity = entry.get("activity", {}) | dict(zip(types, cells["activity"].get(name, ()), strict=False))
+        values = tuple(activity.get(c, constant) for c in base + new + types)
+        motifs.append(Motif(name, entry["role"], entry["pattern"], values))
+    return Grammar(rules, tuple(motifs), tuple(base), tuple(new), tuple(types))
 
 
 def track_names(conditions: Iterable[str]) -> list[str]:
@@ -212,9 +230,37 @@ def expected(codes: Codes, conditions: Sequence[str]) -> Floats:
         cores, ends = sites.where(on & (role == "core")), sites.where(on & (role == "terminator"))
         signal[:, :, side] = _transcripts(cores, ends, motifs, impulses, strand)
     signal[:, :, :2] = (rules.rna_depth * signal[:, :, :2] + rules.rna_background) / rules.resolution
-    log = _bells(sites.where(role != "terminator"), motifs, activities, shape)
+    log = _bells(sites.where(role != "terminator"), motifs, activities, shape, rules.atac_width)
     signal[:, :, 2] = rules.atac_background / rules.resolution * np.exp(rules.atac_gain * log)
     return signal.reshape(shape[0], -1, shape[2])
+
+
+def expected_marks(codes: Codes, conditions: Sequence[str]) -> Floats:
+    """Expected counts per base ``(batch, 2 * conditions, length)`` of windows ``(batch, length)``.
+
+    Per condition the marks k27ac and k4me3.
+    """
+    rules, marks = grammar().rules, cell_difficulty()[0]["marks"]
+    ac, me = marks["k27ac"], marks["k4me3"]
+    motifs = grammar().role("regulator", "core")
+    sites, activities = scan(codes, motifs), grammar().activities(motifs, conditions)
+    is_core = np.array([motif.role == "core" for motif in motifs])
+    shape = (len(codes), len(conditions), codes.shape[1])
+    weights = np.where(is_core[:, None], ac["core"], activities)
+    log = _bells(sites, motifs, weights, shape, ac["width"])
+    impulses = _impulses(sites.where(~is_core[sites.motif]), motifs, activities, shape)
+    rates = np.zeros(shape)
+    for strand in (1, -1):
+        cores = sites.where(is_core[sites.motif] & (sites.strand == strand))
+        tss, level = _starts(cores, motifs, impulses if strand == 1 else impulses[..., ::-1], strand)
+        place = tss + me["downstream"]
+        inside = place < shape[2]
+        place = place if strand == 1 else shape[2] - 1 - place
+        np.add.at(rates.transpose(0, 2, 1), (cores.row[inside], place[inside]), level[inside])
+    bell = _bell(me["width"])
+    spread = np.apply_along_axis(np.convolve, 2, rates, bell)[..., len(bell) // 2 :][..., : shape[2]]
+    signal = [ac["background"] * np.exp(ac["gain"] * log), me["background"] + me["height"] * spread]
+    return np.stack(signal, axis=2).reshape(shape[0], -1, shape[2]) / rules.resolution
 
 
 def scan(codes: Codes, motifs: Sequence[Motif]) -> Sites:
@@ -294,12 +340,20 @@ def _impulses(sites: Sites, motifs: Sequence[Motif], activities: Floats, shape: 
     return np.stack(planes, axis=1)
 
 
-def _bells(sites: Sites, motifs: Sequence[Motif], activities: Floats, shape: tuple[int, int, int]) -> Floats:
-    """``(batch, conditions, length)``: the sum of the bells of all sites."""
-    width = grammar().rules.atac_width
+def _bell(width: float) -> Floats:
+    """Gaussian of standard deviation ``width`` and height 1, cut at three standard deviations."""
     reach = int(3 * width)
+    bell: Floats = np.exp(-0.5 * (np.arange(-reach, reach + 1) / width) ** 2)
+    return bell
+
+
+def _bells(
+    sites: Sites, motifs: Sequence[Motif], activities: Floats, shape: tuple[int, int, int], width: float
+) -> Floats:
+    """``(batch, conditions, length)``: the sum of the bells of all sites."""
+    bell = _bell(width)
+    reach = len(bell) // 2
     offsets = np.arange(-reach, reach + 1)
-    bell = np.exp(-0.5 * (offsets / width) ** 2)
     stride = shape[2] + 2 * reach
     place = (sites.row * stride + _centres(sites, motifs) + reach)[:, None] + offsets
     weights = activities[sites.motif].T * sites.occupancy
@@ -312,6 +366,27 @@ def _bells(sites: Sites, motifs: Sequence[Motif], activities: Floats, shape: tup
     return np.stack(planes, axis=1)
 
 
+def _along(sites: Sites, motifs: Sequence[Motif], offset: Ints | int, strand: int, length: int) -> Ints:
+    """Position, counted in the direction of transcription, of the base ``offset`` bases into each site."""
+    size = np.array([len(motif.pattern) for motif in motifs])
+    return sites.start + offset if strand == 1 else length - sites.start - size[sites.motif] + offset
+
+
+def _starts(cores: Sites, motifs: Sequence[Motif], field: Floats, strand: int) -> tuple[Ints, Floats]:
+    """TSS ``(cores,)``, in the direction of transcription, and rate ``(cores, conditions)`` of core sites.
+
+    ``field``: effects ``(batch, conditions, length)`` at the centres of sites, in the same direction.
+    """
+    rules, length = grammar().rules, field.shape[2]
+    tss = _along(cores, motifs, rules.tss, strand, length)
+    around = np.arange(-rules.reach, rules.reach + 1)
+    kernel = np.exp(-np.abs(around) / rules.decay)
+    near = tss[:, None] + around
+    inside = (near >= 0) & (near < length)
+    felt = field[cores.row[:, None], :, np.clip(near, 0, length - 1)] * (kernel * inside)[..., None]
+    return tss, cores.occupancy[:, None] * np.exp(felt.sum(axis=1))
+
+
 def _transcripts(cores: Sites, ends: Sites, motifs: Sequence[Motif], impulses: Floats, strand: int) -> Floats:
     """Coverage ``(batch, conditions, length)`` of the transcripts of one strand."""
     rules = grammar().rules
@@ -319,22 +394,11 @@ def _transcripts(cores: Sites, ends: Sites, motifs: Sequence[Motif], impulses: F
     forward = strand == 1
     size = np.array([len(motif.pattern) for motif in motifs])
 
-    def along(sites: Sites, offset: Ints | int) -> Ints:
-        """Position, counted in the direction of transcription, of the base ``offset`` bases into each site."""
-        return sites.start + offset if forward else length - sites.start - size[sites.motif] + offset
-
-    field = impulses if forward else impulses[..., ::-1]
+    last = _along(ends, motifs, size[ends.motif] - 1, strand, length)
     survival = np.full((batch, length), np.log1p(-rules.loss))
-    np.add.at(survival, (ends.row, along(ends, size[ends.motif] - 1)), np.log1p(-rules.stop * ends.occupancy))
+    np.add.at(survival, (ends.row, last), np.log1p(-rules.stop * ends.occupancy))
     survival = np.cumsum(survival, axis=1)
-
-    tss = along(cores, rules.tss)
-    around = np.arange(-rules.reach, rules.reach + 1)
-    kernel = np.exp(-np.abs(around) / rules.decay)
-    near = tss[:, None] + around
-    inside = (near >= 0) & (near < length)
-    felt = field[cores.row[:, None], :, np.clip(near, 0, length - 1)] * (kernel * inside)[..., None]
-    level = cores.occupancy[:, None] * np.exp(felt.sum(axis=1))
+    tss, level = _starts(cores, motifs, impulses if forward else impulses[..., ::-1], strand)
 
     body = tss[:, None] + np.arange(rules.longest)
     kept = body < length

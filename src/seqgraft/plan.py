@@ -19,10 +19,18 @@ from seqgraft.data.duplicates import duplicates_in_words
 from seqgraft.errors import ConfigError, RunError, SeqgraftError
 from seqgraft.experiment import Experiment
 from seqgraft.exposure import MAX_EXPOSURE, test_exposure
-from seqgraft.memory import bytes_per_row, bytes_without_computing, training_step
+from seqgraft.memory import (
+    FrozenBytes,
+    bytes_per_row,
+    bytes_without_computing,
+    storage_bytes,
+    tensors_of,
+    training_step,
+)
 from seqgraft.models.base import SequenceModel
+from seqgraft.models.masked import MaskedModel
 from seqgraft.predict import BF16_PARAMETERS, has_bf16, resolve_precision
-from seqgraft.run import build_run, label_of, objective_of, with_precision
+from seqgraft.run import build_run, label_of, objective_of, tokens_of, with_precision
 from seqgraft.scoring import Scorecard
 from seqgraft.train import cache_choice, parameter_groups
 
@@ -81,23 +89,29 @@ def plan_run(experiment: Experiment, folder: Path | None = None, memory: int | N
     facts: dict[str, str] = {}
     try:
         model, dataset = build_run(experiment)
-        objective_of(experiment, dataset)
+        objective_of(experiment, dataset, model)
         counts = adapt(model, experiment.adapter)
         for fold in ("train", "valid", experiment.evaluate.fold):
             dataset.rows(fold)
-        Scorecard(dataset.tracks, [experiment.train.metric] if experiment.train.metric else None)
+        if not isinstance(model, MaskedModel):
+            Scorecard(dataset.tracks, [experiment.train.metric] if experiment.train.metric else None)
     except SeqgraftError as error:
         return Plan(experiment, [error])
     wanted = experiment.train.precision
     experiment = with_precision(experiment, model)
     facts |= _describe(experiment, dataset, model, counts)
     facts["precision"] = _describe_precision(experiment.train.precision, wanted)
+    tokens = tokens_of(experiment, model, dataset)
+    facts |= tokens.facts
+    problems += tokens.problems.found
     exposed = test_exposure(experiment, dataset)
     facts |= exposed.facts
     if exposed.problem is not None and not exposed.allowed:
         problems.append(exposed.problem)
     if folder is not None:
         problems += _check_folder(folder, counts)
+    if tokens.problems.found:  # no step can be run
+        return Plan(experiment, problems, facts)
     try:
         cost = measure_cost(experiment, model, dataset)
     except SeqgraftError as error:  # a loss that does not suit the targets shows in the first step
@@ -129,16 +143,20 @@ def _describe(experiment: Experiment, dataset: Dataset, model: SequenceModel, co
     info = dataset.info
     folds = dataset.regions["fold"].value_counts()
     trainable = counts.trainable / max(1, counts.total)
+    species = getattr(model.trunk, "settings", {}).get("species")
     duplicates = info.notes.get("duplicates") if isinstance(info.notes, dict) else None
+    held = FrozenBytes.of(model)
     return {
         "run": label_of(experiment),
         "data": f"{len(dataset)} regions ({', '.join(f'{fold} {count}' for fold, count in folds.items())}), "
         f"{len(dataset.tracks)} tracks, {info.in_words}",
         "model": f"{experiment.model.name} ({'random' if model.trunk.spec.weights is None else 'pretrained'} weights), "
         f"{sum(p.numel() for p in model.trunk.parameters()) - counts.adapter:,} parameters"
+        + (f", species {species}" if species else "")
         + (f", licence {model.trunk.spec.licence}" if model.trunk.spec.licence else ""),
         "trains": f"{counts.trainable:,} of {counts.total:,} numbers ({trainable:.2%}): "
         f"adapter {counts.adapter:,}, head {counts.head:,}, trunk {counts.trunk:,}",
+        **({"quantised": f"frozen weights {_size(held.now)}, {_size(held.before)} before"} if held.quantised else {}),
         "stages": ", ".join(
             f"{name} ({'local' if stage.local else 'global'})" for name, stage in model.trunk.stages.items()
         ),
@@ -156,14 +174,14 @@ def measure_cost(
             for steps that would take long: those of large models without a card.
     """
     config = experiment.train
-    objective = objective_of(experiment, dataset)
+    objective = objective_of(experiment, dataset, model)
     rows = dataset.rows("train")
     longest = rows[0] if dataset.lengths is None else rows[np.argmax(dataset.lengths[rows])]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model.to(device).train()
     model.trunk.checkpointing = config.checkpointing
     precision = resolve_precision(config.precision, model)
-    samples = [dataset.sample(np.repeat(longest, size)) for size in (1, 2)]
+    samples = [objective.draw(dataset.sample(np.repeat(longest, size)), config.seed, 0) for size in (1, 2)]
     if run_step is None:
         size = sum(p.numel() for p in model.trunk.parameters()) * samples[0].codes.shape[1]
         run_step = device.type == "cuda" or size <= _LONG
@@ -179,7 +197,7 @@ def measure_cost(
         seconds = (time.perf_counter() - began) / 2
     model.zero_grad(set_to_none=True)
     model.eval()
-    stored = sum(t.numel() * t.element_size() for t in [*model.parameters(), *model.buffers()])
+    stored = storage_bytes(tensors_of(model))
     trained = sum(p.numel() * p.element_size() for group in parameter_groups(model, config) for p in group["params"])
     return Cost(fixed_bytes=stored + 3 * trained, bytes_per_row=per_row, seconds_per_row=seconds)
 
@@ -214,6 +232,8 @@ def _describe_cost(experiment: Experiment, dataset: Dataset, cost: Cost, memory:
 def _describe_cache(experiment: Experiment, dataset: Dataset, model: SequenceModel, cost: Cost) -> str:
     """What ``train.cache`` will do; where it is off, what it could."""
     config, rows, valid = experiment.train, dataset.rows("train"), dataset.rows("valid")
+    if isinstance(model, MaskedModel):
+        return cache_choice(model, dataset, config, rows, valid).in_words
     if cost.seconds_per_row is None:  # sizing it runs the trunk too
         return f"{config.cache}; what it would keep was not measured: no step was run here"
     if config.cache != "off":

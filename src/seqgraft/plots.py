@@ -29,7 +29,18 @@ from matplotlib.ticker import MaxNLocator
 
 from seqgraft.errors import DataError
 
-__all__ = ["THEME", "Examples", "metric_dots", "model_dots", "styled", "svg", "tracks_panel", "training_curve"]
+__all__ = [
+    "THEME",
+    "Examples",
+    "canvas",
+    "legend",
+    "metric_dots",
+    "model_dots",
+    "styled",
+    "svg",
+    "tracks_panel",
+    "training_curve",
+]
 
 Floats = npt.NDArray[np.float64]
 
@@ -163,7 +174,7 @@ def metric_dots(frame: pd.DataFrame, *, title: str, xlabel: str, highlight: str)
         labels = [_short(track) if track else "mean over tracks" for track in rows]
         height = (0.14 + 0.1 * len(models)) * len(rows) + 0.2
         xlabel += f"\n{note}" if note else ""
-        figure, axes, top = _canvas(title, height, xlabel=xlabel, legend=models, left=_margin(labels))
+        figure, axes, top = canvas(title, height, xlabel=xlabel, legend=models, left=_margin(labels))
         for number, model in enumerate(models):
             offset = (number - (len(models) - 1) / 2) * spread / max(len(models) - 1, 1)
             part = frame[frame["model"] == model].drop_duplicates("track").set_index("track").reindex(rows)
@@ -173,7 +184,7 @@ def metric_dots(frame: pd.DataFrame, *, title: str, xlabel: str, highlight: str)
             axes.get_yticklabels()[0].set_fontweight("bold")
             axes.axhline(0.5, color=GRID, linewidth=0.8)
         _finish(axes, len(rows), xlabel)
-        _legend(figure, axes, top)
+        legend(figure, axes, top)
     return figure
 
 
@@ -188,14 +199,62 @@ def model_dots(frame: pd.DataFrame, *, title: str, xlabel: str, groups: Sequence
     """
     with styled():
         labels = [_short(_words(str(model))) for model in frame["model"]]
-        figure, axes, top = _canvas(title, 0.27 * len(frame) + 0.2, legend=groups, left=_margin(labels))
+        figure, axes, top = canvas(title, 0.27 * len(frame) + 0.2, legend=groups, left=_margin(labels))
         indexed = frame.reset_index(drop=True)
         for number, group in enumerate(groups):
             part = indexed[indexed["group"] == group]
             _dots(axes, part, part.index.to_numpy(np.float64), number, group)
         axes.set_yticks(range(len(indexed)), labels)
         _finish(axes, len(indexed), xlabel)
-        _legend(figure, axes, top)
+        legend(figure, axes, top)
+    return figure
+
+
+def quality_dots(frame: pd.DataFrame) -> Figure:
+    """Depth, enrichment at transcription starts and ceiling of pseudobulk tracks, a row per track, deepest on top.
+
+    Of more than 48 tracks those of the 24 largest and 24 smallest depths are shown.
+
+    Args:
+        frame: track, assay, depth, tss_enrichment, ceiling, shallow.
+    """
+    ordered = frame.sort_values("depth", ascending=False, ignore_index=True)
+    shown = ordered if len(ordered) <= 2 * MAX_TRACKS else pd.concat([ordered[:MAX_TRACKS], ordered[-MAX_TRACKS:]])
+    shown = shown.reset_index(drop=True)
+    shallow = int(frame["shallow"].sum())
+    title = f"{len(frame) - shallow} of {len(frame)} tracks are deep enough to learn"
+    title += f"; {shallow} mostly noise (hollow)" if shallow else ""
+    title += f"; {len(shown)} shown" if len(shown) < len(frame) else ""
+    panels = {"depth": "depth, counts", "tss_enrichment": "TSS enrichment", "ceiling": "ceiling (Pearson)"}
+    panels = {column: label for column, label in panels.items() if shown[column].notna().any()}
+    assays = list(dict.fromkeys(shown["assay"]))
+    with styled():
+        height = 0.2 * len(shown) + 1.4
+        figure = Figure(figsize=(1.5 * WIDTH, height))
+        figure.text(0.02, 1 - 0.05 / height, title, va="top", fontsize=10.5, fontweight="bold")
+        labels = [_short(str(track)) for track in shown["track"]]
+        edges = {"left": _margin(labels) / 1.4, "right": 0.97, "top": 1 - 0.7 / height, "bottom": 0.5 / height}
+        grid = figure.add_gridspec(1, len(panels), wspace=0.15, **edges)
+        for column, (name, label) in enumerate(panels.items()):
+            axes = figure.add_subplot(grid[column])
+            for number, assay in enumerate(assays):
+                part = shown[shown["assay"] == assay]
+                dots = pd.DataFrame(dict.fromkeys(("value", "low", "high"), part[name]))
+                _dots(axes, dots, part.index.to_numpy(np.float64), number, str(assay))
+                hollow = part[part["shallow"]]
+                axes.plot(
+                    hollow[name], hollow.index, linestyle="none", marker=MARKERS[number % len(MARKERS)], markersize=3,
+                    color="white",
+                )  # fmt: skip
+            axes.set_yticks(range(len(shown)), labels if column == 0 else [""] * len(labels))
+            _finish(axes, len(shown), label)
+            if name == "depth" and (shown["depth"] > 0).any():
+                axes.set_xscale("log")
+            else:
+                axes.xaxis.set_major_locator(MaxNLocator(3))
+            if name == "ceiling":
+                axes.set_xlim(-0.05, 1.05)
+        legend(figure, figure.axes[0], 1 - 0.3 / height)
     return figure
 
 
@@ -219,7 +278,7 @@ def training_curve(frame: pd.DataFrame, *, score: str = "score") -> Figure:
         title = f"Validation {score} is best, {scores[best]:.3f}, {when}"
     with styled():
         height, count = (3.0, 2) if known else (2.0, 1)
-        figure, upper, top = _canvas(title, height, legend=("training", "validation"), panels=count, gap=0.15)
+        figure, upper, top = canvas(title, height, legend=("training", "validation"), panels=count, gap=0.15)
         panels = figure.axes
         for number, (name, label) in enumerate([("train_loss", "training"), ("valid_loss", "validation")]):
             if name in frame:
@@ -245,7 +304,7 @@ def training_curve(frame: pd.DataFrame, *, score: str = "score") -> Figure:
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         panels[-1].set_xlabel("epoch")
         figure.align_ylabels()
-        _legend(figure, upper, top)
+        legend(figure, upper, top)
     return figure
 
 
@@ -262,7 +321,7 @@ def tracks_panel(examples: Examples, region: int, max_tracks: int = 6) -> Figure
     with styled():
         named = f"baseline: {_words(examples.baseline_name)}" if examples.baseline_name else "baseline"
         labels = ["observed", "predicted", *([named] if np.isfinite(baseline).any() else [])]
-        figure, _, top = _canvas(title, 0.9 * count, legend=labels, panels=count, left=0.15, gap=0.55, below_legend=0.2)
+        figure, _, top = canvas(title, 0.9 * count, legend=labels, panels=count, left=0.15, gap=0.55, below_legend=0.2)
         for track, axes in enumerate(figure.axes):
             axes.stairs(np.nan_to_num(observed[track]), edges, fill=True, color=AREA, label="observed")
             axes.stairs(predicted[track], edges, color=COLOURS[0], linewidth=1.3, baseline=None, label="predicted")
@@ -280,7 +339,7 @@ def tracks_panel(examples: Examples, region: int, max_tracks: int = 6) -> Figure
         figure.axes[-1].set_xlabel(f"position on {chrom}, kb{more}")
         figure.axes[-1].xaxis.set_major_locator(MaxNLocator(5))
         figure.axes[-1].ticklabel_format(axis="x", useOffset=False)
-        _legend(figure, figure.axes[0], top)
+        legend(figure, figure.axes[0], top)
     return figure
 
 
@@ -301,7 +360,7 @@ def svg(figure: Figure, name: str, alt: str) -> str:
     return f'<svg {box[0]} {label} xmlns:xlink="http://www.w3.org/1999/xlink">' + text[text.index(">") + 1 :]
 
 
-def _canvas(
+def canvas(
     title: str,
     height: float,
     *,
@@ -342,7 +401,8 @@ def _margin(labels: Sequence[str]) -> float:
     return min(0.05 + 0.0185 * max(map(len, labels), default=0), 0.5)
 
 
-def _legend(figure: Figure, axes: Axes, top: float) -> None:
+def legend(figure: Figure, axes: Axes, top: float) -> None:
+    """The legend of a figure's labels, below its title, which ends at ``top``."""
     handles, labels = axes.get_legend_handles_labels()
     if len(handles) > 1:
         figure.legend(

@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
+from seqgraft.data.covariates import Covariates, scale
 from seqgraft.data.dataset import Dataset, DatasetInfo
 from seqgraft.data.tables import fasta_records
 from seqgraft.errors import ConfigError, DataError, Problems
@@ -40,10 +41,11 @@ def regions_for_prediction(
 
     Args:
         path: the file; its suffix tells the format.
-        info: of the dataset that the model was fitted to: window, bins, bin size, kind.
+        info: of the dataset that the model was fitted to: window, bins, bin size, kind; and, in its settings, what
+            covariates are read or computed from, and how they are scaled.
         tracks: ``model.tracks``.
         genome: for BED.
-        covariates: columns that the model's heads need, to be found in the table.
+        covariates: names of those that the model's heads need, in their order.
 
     Raises:
         ConfigError: an unknown suffix, a BED without a genome, covariates that the file cannot have.
@@ -58,9 +60,9 @@ def regions_for_prediction(
     if covariates and suffix not in _TABLES:
         raise ConfigError(
             "the model needs covariates, which only a table of sequences can have",
-            sorted(covariates),
+            _columns(info, covariates).columns,
             where=path,
-            remedy="Give a CSV with a column 'sequence' and one for each covariate",
+            remedy="Give a CSV with a column 'sequence' and these columns",
         )
     if not path.is_file():
         raise DataError("the file does not exist", where=path, remedy="Check the path")
@@ -121,7 +123,7 @@ def _of_sequences(
     path: Path, table: pd.DataFrame, info: DatasetInfo, tracks: TrackTable, covariates: Sequence[str]
 ) -> Dataset:
     problems = Problems(DataError)
-    for column in ("sequence", *covariates):
+    for column in ("sequence", *_columns(info, covariates).columns):
         if column not in table:
             problems.add(
                 "the table has no column", column, where=path, remedy=f"It has {', '.join(map(str, table.columns))}"
@@ -146,7 +148,7 @@ def _of_sequences(
                 what, len(codes), where=where, remedy="Cut it to that length" if not exact else "Cut or extend it"
             )
         encoded.append(codes)
-    values = _covariates(table, covariates, path, problems)
+    values = _covariates(table, covariates, info, path, problems)
     problems.raise_if_any()
     lengths = np.array([len(codes) for codes in encoded], dtype=np.int64)
     padded = np.full((len(encoded), max(info.window, int(lengths.max()))), PAD, dtype=np.uint8)
@@ -158,14 +160,21 @@ def _of_sequences(
     return replace(dataset, codes=padded, lengths=lengths, covariates=values)
 
 
-def _covariates(table: pd.DataFrame, columns: Sequence[str], path: Path, problems: Problems) -> pd.DataFrame | None:
-    if not columns:
+def _columns(info: DatasetInfo, covariates: Sequence[str]) -> Covariates:
+    """What the covariates are read or computed from."""
+    known = "covariate_scaling" in info.settings and covariates
+    return Covariates.of(info.settings) if known else Covariates(tuple(covariates))
+
+
+def _covariates(
+    table: pd.DataFrame, covariates: Sequence[str], info: DatasetInfo, path: Path, problems: Problems
+) -> pd.DataFrame | None:
+    if not covariates:
         return None
-    values = pd.DataFrame({column: pd.to_numeric(table[column], errors="coerce") for column in columns})
-    for column in values.columns[values.isna().any()]:
-        number = int(values[column].isna().to_numpy().argmax()) + 1
-        problems.add("the covariate is not a number", column, where=f"{path} sequence {number}", remedy="Fill it in")
-    return values
+    places = [f"{path} sequence {number}" for number in range(1, len(table) + 1)]
+    values, _ = _columns(info, covariates).read(table, places, problems)
+    scaling = info.settings.get("covariate_scaling")
+    return (scale(values, scaling) if scaling else values)[list(covariates)]
 
 
 def _dataset(

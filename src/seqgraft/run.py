@@ -30,20 +30,33 @@ import numpy.typing as npt
 import pandas as pd
 import torch
 
-from seqgraft import __version__
+from seqgraft import __version__, objectives
 from seqgraft.adapters import Counts, adapt, load_adapter, merge, save_adapter
 from seqgraft.attribute import AttributeConfig, Attributions, attribute
 from seqgraft.data import prepare_source
-from seqgraft.data.dataset import Dataset, check_new_folder, hash_file, new_folder, open_dataset, write_json
+from seqgraft.data.dataset import (
+    Dataset,
+    DatasetInfo,
+    check_new_folder,
+    hash_file,
+    new_folder,
+    open_dataset,
+    write_json,
+)
+from seqgraft.donor_scores import evaluate_donors
+from seqgraft.effects import EffectsConfig, Found, write_effects
 from seqgraft.errors import ConfigError, ModelError, Problems, RunError
 from seqgraft.evaluate import Evaluation, evaluate_model
 from seqgraft.experiment import Experiment, parse_source, read_experiment, read_yaml, settings_of, write_yaml
 from seqgraft.exposure import inherited, test_exposure
-from seqgraft.genome import read_gtf
+from seqgraft.genome import Genome, read_gtf
+from seqgraft.losses import MaskedTokens
+from seqgraft.memory import FrozenBytes
 from seqgraft.models.base import Head, SequenceModel
-from seqgraft.models.folders import save_model
-from seqgraft.models.weights import build_model, is_random
-from seqgraft.objectives import Elementwise
+from seqgraft.models.folders import find_model, save_model
+from seqgraft.models.masked import MaskedModel, token_counts, tokeniser_of
+from seqgraft.models.weights import ModelConfig, build_masked, build_model, is_random
+from seqgraft.objectives import Elementwise, Objective, OfGenes
 from seqgraft.output import (
     check_arrays,
     check_embeddings,
@@ -52,10 +65,13 @@ from seqgraft.output import (
     write_embeddings,
     write_predictions,
 )
-from seqgraft.predict import embed, predict_batches, resolve_precision
+from seqgraft.perplexity import evaluate_masked
+from seqgraft.predict import FORWARD_ONLY, embed, predict_batches, resolve_precision
 from seqgraft.regions import regions_for_prediction
 from seqgraft.scoring import default_metric
 from seqgraft.sequence import PAD
+from seqgraft.token_counts import TokenCounts, count_tokens
+from seqgraft.tracks import TrackTable
 from seqgraft.train import FitResult, TrainConfig, fit
 from seqgraft.variants import Layout, ScreenConfig, VariantConfig
 from seqgraft.variants.calibrate import Calibrated, Calibration, calibrate
@@ -68,6 +84,7 @@ __all__ = [
     "attribute_run",
     "build_run",
     "calibrate_run",
+    "effects_run",
     "embed_run",
     "evaluate_run",
     "export_run",
@@ -77,8 +94,10 @@ __all__ = [
     "open_run",
     "predict_run",
     "prepare",
+    "score_model",
     "score_run",
     "screen_run",
+    "tokens_of",
     "with_precision",
 ]
 
@@ -112,11 +131,19 @@ def label_of(experiment: Experiment) -> str:
     return "from scratch" if experiment.adapter.kind == "full" else f"{experiment.adapter.label} on random weights"
 
 
-def objective_of(experiment: Experiment, dataset: Dataset) -> Elementwise:
-    """The objective that the experiment's loss means for these tracks."""
-    loss = experiment.loss
+def objective_of(experiment: Experiment, dataset: Dataset, model: SequenceModel | None = None) -> Objective:
+    """The objective that the experiment's loss means for these tracks, or for the tokens of this model."""
+    loss, lengths = experiment.loss, dataset.lengths if experiment.train.buckets else None
+    if isinstance(loss, MaskedTokens):
+        assert model is not None  # whose tokens they are
+        return objectives.MaskedTokens(tokeniser_of(model.trunk), loss.share, lengths)
     losses = loss if isinstance(loss, Mapping) else dict.fromkeys(dataset.tracks.groups, loss) if loss else None
-    return Elementwise(dataset.tracks, losses, dataset.info.settings.get("class_weights"))
+    if dataset.donors is not None:
+        return OfGenes(dataset.tracks, losses or {}, dataset.donors.gene, experiment.train.batch_size)
+    if wrong := [group for group, one in (losses or {}).items() if hasattr(one, "of_genes")]:
+        what, remedy = "the loss compares donors, and the data have none", "Use another loss, or data of kind: personal"
+        raise ConfigError(what, wrong, where="loss", remedy=remedy)
+    return Elementwise(dataset.tracks, losses, dataset.info.settings.get("class_weights"), lengths)
 
 
 def build_run(experiment: Experiment, dataset: Dataset | None = None) -> tuple[SequenceModel, Dataset]:
@@ -124,15 +151,36 @@ def build_run(experiment: Experiment, dataset: Dataset | None = None) -> tuple[S
 
     The same seed gives the same model.
     """
-    dataset = dataset or open_dataset(experiment.data)
+    dataset = dataset or _open_data(experiment)
     model = _seeded_model(experiment, dataset)
     rows = dataset.rows("train")
+    if isinstance(model, MaskedModel):
+        if is_random(experiment.model):
+            _start_masked(model, dataset, rows)
+        return model, dataset
     means = np.nanmean(dataset.squashed_targets(rows[:: max(1, len(rows) // 512)]).astype(np.float64), axis=(0, 2))
     names = list(dataset.tracks.names)
     for name, head in model.heads.items():
         if name.startswith("new_") and isinstance(head, Head):
             head.start_at(np.nan_to_num(means[[names.index(track) for track in head.tracks.names]]))
     return model, dataset
+
+
+def _start_masked(model: MaskedModel, dataset: Dataset, rows: npt.NDArray[np.int64]) -> None:
+    """An untrained head for masked tokens starts at the frequencies of the tokens in some of the training windows."""
+    tokeniser, some = tokeniser_of(model.trunk), rows[:: max(1, len(rows) // 8192)]
+    parts = np.array_split(some, len(some) // 64 + 1)
+    counts = sum(token_counts(tokeniser, *dataset.sequences(part)) for part in parts)
+    head: Any = model.trunk.lm
+    head.start_at(torch.as_tensor(counts))
+
+
+def _open_data(experiment: Experiment) -> Dataset:
+    """The dataset of an experiment, without its tracks where these play no part."""
+    dataset = open_dataset(experiment.data)
+    if isinstance(experiment.loss, MaskedTokens):
+        return replace(dataset.select_tracks(TrackTable.none()), covariates=None)
+    return dataset
 
 
 def with_precision(experiment: Experiment, model: SequenceModel) -> Experiment:
@@ -146,8 +194,19 @@ def _in_precision(experiment: Experiment, precision: str) -> Experiment:
 
 def _seeded_model(experiment: Experiment, dataset: Dataset) -> SequenceModel:
     torch.manual_seed(experiment.train.seed)
+    if isinstance(experiment.loss, MaskedTokens):
+        return build_masked(experiment.model, dataset.info)
     covariates = 0 if dataset.covariates is None else dataset.covariates.shape[1]
     return build_model(experiment.model, dataset.tracks, dataset.info, covariates)
+
+
+def tokens_of(experiment: Experiment, model: SequenceModel, dataset: Dataset) -> TokenCounts:
+    """The tokens of the folds that a run reads, in the views that it draws."""
+    folds = {"train": experiment.train.augment, "valid": FORWARD_ONLY}
+    folds |= {experiment.evaluate.fold: experiment.evaluate.ensemble}
+    known = set(dataset.regions["fold"])
+    present = {name: (dataset.rows(name), views) for name, views in folds.items() if name in known}
+    return count_tokens(model.trunk, dataset, present, experiment.model.unknown)
 
 
 def fit_run(experiment: Experiment, folder: Path, *, resume: bool = False) -> FitResult:
@@ -172,13 +231,15 @@ def fit_run(experiment: Experiment, folder: Path, *, resume: bool = False) -> Fi
         _check_resumed(experiment, before, folder)
     model, dataset = build_run(experiment)
     experiment = with_precision(experiment, model)
-    objective = objective_of(experiment, dataset)
+    objective = objective_of(experiment, dataset, model)
     counts = adapt(model, experiment.adapter)
+    tokens = tokens_of(experiment, model, dataset)
+    tokens.problems.raise_if_any()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if main:
             write_yaml(folder / "experiment.yaml", settings_of(experiment))
-            write_json(folder / "environment.json", _environment(experiment, dataset, model, counts))
+            write_json(folder / "environment.json", _environment(experiment, dataset, model, counts, tokens))
     except OSError as error:
         raise RunError(
             f"the run directory cannot be written ({error.strerror})",
@@ -189,7 +250,7 @@ def fit_run(experiment: Experiment, folder: Path, *, resume: bool = False) -> Fi
     if main:
         base = {"name": experiment.model.name, "init": experiment.model.init}
         save_adapter(model, folder / "adapter", base, folds=_fold_counts(dataset), replace_existing=True)
-        environment = _environment(experiment, dataset, model, counts)
+        environment = _environment(experiment, dataset, model, counts, tokens)
         write_json(
             folder / "environment.json",
             environment
@@ -232,7 +293,7 @@ def open_run(folder: Path) -> Run:
     if not (folder / "adapter").exists():
         raise RunError("the run was not finished", str(folder), remedy="Continue it with 'seqgraft fit ... --resume'")
     experiment = read_experiment(folder / "experiment.yaml")
-    dataset = open_dataset(experiment.data)
+    dataset = _open_data(experiment)
     model = _seeded_model(experiment, dataset)
     load_adapter(model, folder / "adapter")
     if torch.cuda.is_available():
@@ -241,25 +302,96 @@ def open_run(folder: Path) -> Run:
 
 
 def evaluate_run(
-    folder: Path, fold: str | None = None, *, extra: Mapping[str, npt.NDArray[np.float32]] | None = None
+    folder: Path,
+    fold: str | None = None,
+    *,
+    extra: Mapping[str, npt.NDArray[np.float32]] | None = None,
+    baselines: Mapping[str, npt.NDArray[Any]] | None = None,
 ) -> Evaluation:
     """Scores a run and its baselines and writes ``evaluation/``.
 
     Args:
         extra: predictions to score beside them, squashed, ``(rows of the fold, tracks, bins)``, by name.
+        baselines: those of the baselines, where they are known already; computed if None.
     """
     run = open_run(folder)
     config = run.experiment.evaluate
+    if isinstance(run.model, MaskedModel):
+        return _evaluate_masked(run, run.model, fold)
+    if run.dataset.donors is not None:
+        label = label_of(run.experiment)
+        evaluation = evaluate_donors(run.model, run.dataset, config, label, run.experiment.model, extra=extra)
+        evaluation.save(run.folder / "evaluation")
+        return evaluation
     evaluation = evaluate_model(
-        run.model, run.dataset, config, label_of(run.experiment), run.experiment.model, fold=fold, extra=extra
-    )
+        run.model, run.dataset, config, label_of(run.experiment), run.experiment.model,
+        fold=fold, extra=extra, baselines=baselines,
+    )  # fmt: skip
     evaluation.save(run.folder / "evaluation")
     return evaluation
 
 
+def _evaluate_masked(run: Run, model: MaskedModel, fold: str | None) -> Evaluation:
+    loss = run.experiment.loss
+    assert isinstance(loss, MaskedTokens)  # as the model says
+    objective, label = objectives.MaskedTokens(tokeniser_of(model.trunk), loss.share), label_of(run.experiment)
+    evaluation = evaluate_masked(model, run.dataset, run.experiment.evaluate, label, objective, fold=fold)
+    evaluation.save(run.folder / "evaluation")
+    return evaluation
+
+
+def _with_tracks(run: Run) -> Run:
+    """The run.
+
+    Raises:
+        ConfigError: it was trained on masked tokens, and predicts no tracks.
+    """
+    if isinstance(run.model, MaskedModel):
+        remedy = "Export it, and fit a run to tracks or labels with the model; 'variants' and 'embed' take it as it is"
+        raise ConfigError("a run of masked tokens predicts no tracks", str(run.folder), remedy=remedy)
+    return run
+
+
+def score_model(
+    name: str,
+    genome: Path,
+    vcf: Path,
+    out: Path,
+    config: VariantConfig | None = None,
+    *,
+    resume: bool = False,
+    shard: tuple[int, int] = (1, 1),
+) -> Scored:
+    """Scores variants with a language model as it was published, by its masked likelihood (``variants.likelihood``).
+
+    Args:
+        name: of a bundled model, or the path of a model folder; it has a head for masked tokens.
+        genome: FASTA that the variants are on.
+        vcf, out, config, resume, shard: as in ``score_run``.
+
+    Raises:
+        ConfigError: there is no such model; settings that are for tracks.
+        DataError: the VCF does not fit the genome.
+        ModelError: the model has no head for masked tokens.
+        RunError: as ``score_run``.
+    """
+    pretrained = find_model(name)
+    if pretrained is None:
+        raise ConfigError("an architecture has no weights to score variants with", name, remedy="Name a trained model")
+    window = int(pretrained.content["window"])
+    model = build_masked(ModelConfig(name), DatasetInfo("windows", window, 1, window)).eval()
+    layout = Layout(window, 1, window, TrackTable.none(), Genome.open(genome))
+    settings = settings_of(config := config or VariantConfig())
+    del settings["batch_size"]  # which changes rounding at most
+    identity = {"run": pretrained.content["weights_sha256"], "settings": settings}
+    if torch.cuda.is_available():
+        model.to("cuda")
+    return score_vcf(model, layout, config, Path(vcf), Path(out), identity=identity, resume=resume, shard=shard)
+
+
 def predict_run(folder: Path, source: Path, out: Path) -> list[Path]:
     """Predicts the regions (BED) or sequences (FASTA, table) of a file in raw units; returns the files written."""
-    run = open_run(folder)
+    run = _with_tracks(open_run(folder))
     dataset = _inputs(run, source)
     check_output(out, dataset)
     config = run.experiment.evaluate
@@ -283,7 +415,11 @@ def embed_run(folder: Path, source: Path, out: Path) -> Path:
 
 def _inputs(run: Run, source: Path) -> Dataset:
     covariates = [] if run.dataset.covariates is None else list(run.dataset.covariates.columns)
-    return regions_for_prediction(source, run.dataset.info, run.model.tracks, run.dataset.genome, covariates)
+    dataset = regions_for_prediction(source, run.dataset.info, run.model.tracks, run.dataset.genome, covariates)
+    config = run.experiment
+    everything = {"": (np.arange(len(dataset)), config.evaluate.ensemble)}
+    count_tokens(run.model.trunk, dataset, everything, config.model.unknown).problems.raise_if_any()
+    return dataset
 
 
 def score_run(
@@ -297,6 +433,8 @@ def score_run(
     replicates: Sequence[Path] = (),
 ) -> Scored:
     """Scores the variants of a VCF with a finished run: what their alternative alleles change in each of its tracks.
+
+    A run of masked tokens says how much less it expects the alternative base (``variants.likelihood``).
 
     A run of labels needs to have been prepared from intervals of a genome; the score is then the change of the label
     that is predicted for the window around the variant, after the link: of a probability, or in the label's own unit.
@@ -317,13 +455,15 @@ def score_run(
     """
     run = open_run(folder)
     layout = _layout(run)
-    config = (config or VariantConfig()).resolved(layout)
+    config = config or VariantConfig()
+    masked = isinstance(run.model, MaskedModel)
+    config = config if masked else config.resolved(layout)
     identity = _identity(run, config)
     others = [open_run(other) for other in replicates]
     if others:
         _check_replicates(layout, others)
         identity["replicates"] = [_identity(other, config)["run"] for other in others]
-    found = None if others else Calibration.open(run.folder / "calibration", _key(identity, layout))
+    found = None if others or masked else Calibration.open(run.folder / "calibration", _key(identity, layout))
     return score_vcf(
         run.model, layout, config, Path(vcf), Path(out),
         identity=identity, resume=resume, shard=shard, calibration=found, replicates=[run.model for run in others],
@@ -385,7 +525,7 @@ def calibrate_run(
         ConfigError, DataError: as ``score_run``; no stratum has enough variants.
         RunError: the run is not finished; these settings are calibrated already.
     """
-    run = open_run(folder)
+    run = _with_tracks(open_run(folder))
     layout = _layout(run)
     config = (config or VariantConfig()).resolved(layout)
     identity = _identity(run, config)
@@ -401,8 +541,18 @@ def screen_run(folder: Path, regions: Path, out: Path, config: ScreenConfig | No
     Raises:
         ConfigError, DataError, ModelError, RunError: as ``screen``; the run has no genome, or is not finished.
     """
-    run = open_run(folder)
+    run = _with_tracks(open_run(folder))
     return screen(run.model, _layout(run), config or ScreenConfig(), Path(regions), Path(out))
+
+
+def effects_run(folder: Path, out: Path, config: EffectsConfig | None = None) -> Found:
+    """What variants do to the genes of a finished run of donors, into a new folder (``seqgraft.effects``).
+
+    Raises:
+        ConfigError, DataError, RunError: as ``write_effects``; the run is not finished.
+    """
+    run = _with_tracks(open_run(folder))
+    return write_effects(run.model, run.dataset, Path(out), run.experiment.evaluate, config)
 
 
 def _layout(run: Run) -> Layout:
@@ -459,7 +609,7 @@ def attribute_run(
         raise ConfigError("figures of this format are not drawn", suffix, remedy="Choose .png or .svg")
     if plots is not None:
         check_new_folder(plots)
-    config, run = config or AttributeConfig(), open_run(folder)
+    config, run = config or AttributeConfig(), _with_tracks(open_run(folder))
     dataset = _inputs(run, source)
     exons = None if config.genes is None else read_gtf(config.genes, rename=config.rename)
     found = attribute(run.model, dataset, config, exons)
@@ -490,8 +640,20 @@ def _draw(found: Attributions, folder: Path, suffix: str) -> None:
             save_figure(figure, folder / f"{'_'.join(words)}{suffix}")
 
 
-def export_run(folder: Path, out: Path, *, name: str, licence: str = "", citation: str = "", card: str = "") -> float:
+def export_run(
+    folder: Path,
+    out: Path,
+    *,
+    name: str,
+    licence: str = "",
+    citation: str = "",
+    card: str = "",
+    half: bool = False,
+) -> float:
     """Merges the run's adapter and writes a model folder that ``model.name`` accepts.
+
+    Args:
+        half: round the weights to bfloat16 and store them so, in half the space.
 
     Returns:
         The largest relative difference that merging made.
@@ -518,6 +680,7 @@ def export_run(folder: Path, out: Path, *, name: str, licence: str = "", citatio
         citation=citation or run.model.trunk.spec.citation,
         trained_on=_seen(run, before),
         card=card,
+        half=half,
         parameters=parameters,
         folds=folds,
         seqgraft=__version__,
@@ -554,7 +717,21 @@ def _fold_chroms(dataset: Dataset) -> dict[str, list[str]]:
     }
 
 
-def _environment(experiment: Experiment, dataset: Dataset, model: SequenceModel, counts: Counts) -> dict[str, Any]:
+def _metric(experiment: Experiment, dataset: Dataset) -> str:
+    if isinstance(experiment.loss, MaskedTokens):
+        return "cross_entropy"
+    return experiment.train.metric or default_metric(str(dataset.tracks.frame["link"].iloc[0]))
+
+
+def _code(model: SequenceModel) -> dict[str, Any]:
+    """Which code of a repository makes the trunk, if any does."""
+    code = getattr(model.trunk, "settings", {}).get("code")
+    return {"code": {name: code[name] for name in ("repository", "commit", "sha256")}} if code else {}
+
+
+def _environment(
+    experiment: Experiment, dataset: Dataset, model: SequenceModel, counts: Counts, tokens: TokenCounts
+) -> dict[str, Any]:
     info = dataset.info
     return {
         "versions": {
@@ -568,7 +745,7 @@ def _environment(experiment: Experiment, dataset: Dataset, model: SequenceModel,
         "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "label": label_of(experiment),
         "precision": experiment.train.precision,
-        "metric": experiment.train.metric or default_metric(str(dataset.tracks.frame["link"].iloc[0])),
+        "metric": _metric(experiment, dataset),
         "dataset": {
             "folder": str(dataset.folder),
             "hash": dataset.hash,
@@ -587,8 +764,12 @@ def _environment(experiment: Experiment, dataset: Dataset, model: SequenceModel,
             "licence": model.trunk.spec.licence,
             "citation": model.trunk.spec.citation,
             "weights": model.trunk.spec.weights,
+            "species": getattr(model.trunk, "settings", {}).get("species", ""),
+            **_code(model),
             "parameters": sum(p.numel() for p in model.trunk.parameters()) - counts.adapter,
         },
         "exposure": test_exposure(experiment, dataset).record(),
         "counts": asdict(counts),
+        "frozen_bytes": asdict(FrozenBytes.of(model)),
+        **({"tokens": tokens.record()} if tokens.folds else {}),
     }

@@ -26,6 +26,11 @@ class Sample:
         covariates: named values that a head may use, float32 ``(batch, values)``.
         halfway: what the frozen stages make of the codes (``models.base.Halfway``), or None; a model starts from there.
             Whoever changes the codes of a sample drops it.
+        shown: what each of ``codes`` is, int64 ``(sequences, 3)``: which stored sequence (a region, or a distinct
+            haplotype), whether reversed, and its shift; None where nobody keeps what is computed of it.
+        haplotypes: of donors, int64 ``(batch, ploidy)``: which of ``codes`` each example's haplotypes are, -1 for none.
+            ``codes`` and ``lengths`` then have a row per distinct haplotype, not per example.
+        hidden: which tokens are hidden and to be predicted (``models.masked.Hidden``), or None.
     """
 
     codes: Tensor
@@ -35,9 +40,12 @@ class Sample:
     mask: Tensor
     covariates: Mapping[str, Tensor] = field(default_factory=dict)
     halfway: Any = None
+    shown: Tensor | None = None
+    haplotypes: Tensor | None = None
+    hidden: Any = None
 
     def __len__(self) -> int:
-        return int(self.codes.shape[0])
+        return int(self.row.shape[0])
 
     def to(self, device: torch.device | str) -> Sample:
         return replace(
@@ -49,4 +57,11 @@ class Sample:
             mask=self.mask.to(device),
             covariates={name: values.to(device) for name, values in self.covariates.items()},
             halfway=None if self.halfway is None else self.halfway.to(device),
+            haplotypes=None if self.haplotypes is None else self.haplotypes.to(device),
+            hidden=None if self.hidden is None else self.hidden.to(device),
         )
+
+    def without_targets(self) -> Sample:
+        """The same examples, none of which counts."""
+        hidden = None if self.hidden is None else self.hidden.none()
+        return replace(self, mask=self.mask.new_zeros(self.mask.shape), hidden=hidden)

@@ -12,9 +12,10 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -33,8 +34,11 @@ from seqgraft.cache import ActivationCache, CacheMode, CacheSettings, Choice, ch
 from seqgraft.data.augment import FORWARD, Augmentation
 from seqgraft.data.dataset import Dataset
 from seqgraft.errors import ConfigError, ModelError, RunError
+from seqgraft.memory import LiveBytes, storage_bytes, tensors_of
+from seqgraft.metrics import pearson_within
 from seqgraft.models.base import SequenceModel, trainable_state
-from seqgraft.objectives import Objective
+from seqgraft.models.masked import MaskedModel
+from seqgraft.objectives import MaskedTokens, Objective
 from seqgraft.predict import autocast, resolve_precision
 from seqgraft.progress import progress
 from seqgraft.sample import Sample
@@ -56,6 +60,7 @@ class TrainConfig:
         lr: learning rate of the adapter's parameters.
         head_lr, trunk_lr: of the heads, and of the trunk's own parameters where they train; ``lr`` if not given.
         weight_decay: of AdamW, on matrices only.
+        buckets: where sequences differ in length, make batches of some of like length: less padding, less time.
         schedule: "cosine" to zero over all epochs, or "constant", after a linear warm-up.
         warmup: share of all steps.
         clip: largest norm of the gradient.
@@ -80,6 +85,7 @@ class TrainConfig:
     head_lr: float | None = None
     trunk_lr: float | None = None
     weight_decay: float = 0.01
+    buckets: bool = True
     schedule: Literal["cosine", "constant"] = "cosine"
     warmup: float = 0.05
     clip: float = 1.0
@@ -117,7 +123,11 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class FitResult:
-    """What training ended with; the model holds the best weights. ``cache`` says what became of ``train.cache``."""
+    """What training ended with; the model holds the best weights.
+
+    ``cache`` says what became of ``train.cache``; ``step_bytes`` is what all tensors held at the worst moment of this
+    process's first step, weights and optimiser included; 0 of several processes, and where no step was left.
+    """
 
     best_score: float
     best_epoch: int
@@ -126,6 +136,7 @@ class FitResult:
     seconds: float
     peak_memory_bytes: int
     cache: str = ""
+    step_bytes: int = 0
 
 
 @dataclass
@@ -228,6 +239,8 @@ def fit(
     model.trunk.checkpointing = config.checkpointing
     wrapped = accelerator.prepare_model(model) if world > 1 else model
     guard = _GradientGuard(model)
+    held = [*tensors_of(model), *_optimizer_tensors(optimizer).values()]
+    live = LiveBytes(beside=held)
     began, saved = time.monotonic() - state.seconds, time.monotonic()
     while state.epoch < config.epochs and not _out_of_patience(state, config):
         batches = objective.batches(rows, step_rows, config.seed, state.epoch)
@@ -239,8 +252,12 @@ def fit(
         )
         for number in bar:
             _set_learning_rates(optimizer, config, state.total_steps, steps_per_epoch * config.epochs)
-            micro = list(_micro_batches(dataset, batches[number], config, state.epoch, world, rank, device, cache))
-            loss, weights = _step(accelerator, wrapped, model, optimizer, objective, micro, config)
+            draw = partial(objective.draw, seed=config.seed, step=state.epoch)
+            micro = list(
+                _micro_batches(dataset, batches[number], config, state.epoch, world, rank, device, cache, draw)
+            )
+            with nullcontext() if live.peak or world > 1 else live:  # which takes time: the first step only
+                loss, weights = _step(accelerator, wrapped, model, optimizer, objective, micro, config)
             if not math.isfinite(loss):
                 where, remedy = (
                     f"epoch {state.epoch + 1}, step {number + 1}",
@@ -282,6 +299,7 @@ def fit(
         state.seconds,
         _peak_memory(device),
         choice.in_words,
+        storage_bytes(held) + live.peak if live.peak else 0,
     )
 
 
@@ -299,6 +317,11 @@ def cache_choice(
     Raises:
         ConfigError: a storage type was asked for and there are several processes, or too little of ``cache_gb``.
     """
+    if isinstance(model, MaskedModel):
+        if config.cache in ("float16", "float32"):
+            what, remedy = "which tokens are hidden is drawn anew each time: nothing can be kept", "Use off"
+            raise ConfigError(what, config.cache, where="train.cache", remedy=remedy)
+        return Choice(None, reason="which tokens are hidden is drawn anew each time")
     if world > 1 and config.cache in ("float16", "float32"):
         remedy = "Use train.cache: off, or train in one process"
         raise ConfigError(
@@ -337,16 +360,24 @@ def validate(
 ) -> tuple[float, float]:
     """Loss and score (higher is better) of ``rows``; the model's mode is left as it was.
 
+    Of donors the score is the mean over genes of the Pearson correlation across donors.
+
     Raises:
         ModelError: the score is undefined for every track, so that no checkpoint could be the best.
     """
     was_training = model.training
     model.eval()
+    if isinstance(objective, MaskedTokens):
+        loss = _masked_loss(model, dataset, rows, objective, config)
+        model.train(was_training)
+        return loss, -loss
     links = dataset.tracks.frame["link"].unique()
     card = Scorecard(dataset.tracks, [config.metric] if config.metric else [default_metric(link) for link in links])
     device = next(model.parameters()).device
     count = len(dataset.tracks)
     total = weight = torch.zeros(len(objective.terms), device=device)
+    rows = rows[dataset.length_order(rows)]
+    parts: list[tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]] = []
     with torch.inference_mode():
         for start in range(0, len(rows), config.batch_size):
             chosen = rows[start : start + config.batch_size]
@@ -360,7 +391,12 @@ def validate(
             predicted = model.link(values)[:, :count].cpu().numpy()
             truth = np.where(sample.mask.cpu().numpy(), sample.targets.cpu().numpy(), np.nan)
             card.update(truth, predicted, chosen)
+            parts.append((truth[:, 0, 0], predicted[:, 0, 0]))
     model.train(was_training)
+    if dataset.donors is not None:
+        found, known = (np.concatenate(values) for values in zip(*parts, strict=True))
+        within = pearson_within(found, known, dataset.donors.gene[rows])
+        return float((total / weight.clamp(min=1e-12)).sum()), float(within.mean())
     leading = card.leading()
     if math.isnan(leading.value):
         raise ModelError(
@@ -369,6 +405,20 @@ def validate(
             remedy="Check that the validation fold has signal, or choose another train.metric",
         )
     return float((total / weight.clamp(min=1e-12)).sum()), leading.value
+
+
+def _masked_loss(
+    model: SequenceModel, dataset: Dataset, rows: npt.NDArray[np.int64], objective: MaskedTokens, config: TrainConfig
+) -> float:
+    """Nats per hidden token; the same tokens are hidden at every evaluation."""
+    device = next(model.parameters()).device
+    total, weight = 0.0, 0.0
+    for start in range(0, len(rows), config.batch_size):
+        sample = objective.scored(dataset.sample(rows[start : start + config.batch_size])).to(device)
+        with torch.inference_mode(), autocast(resolve_precision(config.precision, model), device):
+            total += float(objective(model, sample))
+        weight += float(objective.weigh(sample))
+    return total / max(weight, 1.0)
 
 
 class _Given(nn.Module):
@@ -417,6 +467,7 @@ def _micro_batches(
     rank: int,
     device: torch.device,
     cache: ActivationCache | None = None,
+    draw: Callable[[Sample], Sample] = lambda sample: sample,
 ) -> Iterator[Sample]:
     """This process's share of a step's rows in micro-batches, as many on every process and none above ``batch_size``.
 
@@ -428,14 +479,14 @@ def _micro_batches(
         empty = not len(part)
         chosen = rows[:1] if empty else part
         views = (
-            [config.augment.draw(config.seed, epoch, int(row)) for row in chosen]
+            [config.augment.draw(config.seed, epoch, dataset.view_index(int(row))) for row in chosen]
             if config.augment.views() != [FORWARD]
             else None
         )
-        sample = dataset.sample(chosen, views).to(device)
+        sample = draw(dataset.sample(chosen, views)).to(device)
         if empty:
-            sample.mask.zero_()
-        yield cache.attach(sample, views) if cache is not None else sample
+            sample = sample.without_targets()
+        yield cache.attach(sample) if cache is not None else sample
 
 
 def _set_learning_rates(optimizer: torch.optim.Optimizer, config: TrainConfig, step: int, steps: int) -> None:

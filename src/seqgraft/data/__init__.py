@@ -12,16 +12,22 @@ from typing import Any
 
 from seqgraft.data.coverage import CoverageSource, prepare_coverage
 from seqgraft.data.dataset import Dataset, check_new_folder, open_dataset
+from seqgraft.data.fragments import FragmentSource, prepare_fragments
 from seqgraft.data.labelled import LabelledSource, prepare_labelled
 from seqgraft.data.peaks import PeakSource, prepare_peaks
+from seqgraft.data.personal import PersonalSource, prepare_personal
+from seqgraft.data.windows import WindowSource, prepare_windows
 
 __all__ = ["SOURCES", "Dataset", "open_dataset", "prepare_source"]
 
 #: Kind, as written in a ``prepare`` file -> settings and function.
 SOURCES: dict[str, tuple[type, Callable[[Any, Path], Dataset]]] = {
     "coverage": (CoverageSource, prepare_coverage),
+    "fragments": (FragmentSource, prepare_fragments),
     "labelled": (LabelledSource, prepare_labelled),
     "peaks": (PeakSource, prepare_peaks),
+    "personal": (PersonalSource, prepare_personal),
+    "windows": (WindowSource, prepare_windows),
 }
 
 

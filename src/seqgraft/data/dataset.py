@@ -34,6 +34,7 @@ import pandas as pd
 from safetensors import SafetensorError
 
 from seqgraft.data.augment import FORWARD, View
+from seqgraft.data.donors import Donors, open_donors
 from seqgraft.errors import ConfigError, DataError, Problems, RunError
 from seqgraft.genome import Genome, Interval
 from seqgraft.sample import Sample
@@ -83,6 +84,8 @@ class DatasetInfo:
     def in_words(self) -> str:
         """What an example looks like."""
         window = f"{self.window} bp" if self.window else "any length"
+        if self.kind == "windows":
+            return f"sequences of {window}"
         if self.bins == 1:
             return f"one label per sequence of {window}"
         return f"windows of {window}, {self.bins} bins of {self.bin_size} bp"
@@ -102,6 +105,7 @@ class Dataset:
     codes: Codes | None
     lengths: npt.NDArray[np.int64] | None
     covariates: pd.DataFrame | None
+    donors: Donors | None = None
 
     def __len__(self) -> int:
         return len(self.regions)
@@ -127,6 +131,10 @@ class Dataset:
                 remedy=f"This dataset has the folds {sorted(set(self.regions['fold']))}",
             )
         return found
+
+    def length_order(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """The order of rows by the lengths of their sequences, so that batches of them have little padding."""
+        return np.arange(len(rows)) if self.lengths is None else np.argsort(self.lengths[rows], kind="stable")
 
     def select_tracks(self, tracks: TrackTable) -> Dataset:
         """The same data with another track table of the same names (a subset, another scale, clip or squash)."""
@@ -157,8 +165,14 @@ class Dataset:
         views: Sequence[View] | None = None,
         window: int | None = None,
     ) -> tuple[Codes, npt.NDArray[np.int64]]:
-        """Base codes ``(rows, length)`` and true lengths ``(rows,)`` of regions, each in its view."""
+        """Base codes ``(rows, length)`` and true lengths ``(rows,)`` of regions, each in its view.
+
+        Of donors the rows are stored sequences (``stored``), of which several regions may share one.
+        """
         views = views or [FORWARD] * len(rows)
+        if self.donors is not None:
+            codes = self.donors.codes(np.asarray(rows, dtype=np.int64), views, window)
+            return codes, np.full(len(codes), codes.shape[1], dtype=np.int64)
         if self.codes is not None and self.lengths is not None:
             lengths = np.asarray(self.lengths[rows], dtype=np.int64)
             codes = np.asarray(self.codes[rows])[:, : int(lengths.max(initial=1))]
@@ -177,6 +191,31 @@ class Dataset:
             codes[reverse] = reverse_complement(codes[reverse], lengths[reverse])
         return codes, lengths
 
+    def stored_sample(self, stored: npt.NDArray[np.int64], views: Sequence[View]) -> Sample:
+        """A batch of stored sequences: regions, or distinct haplotypes of donors, which alone have no targets."""
+        if self.donors is None:
+            return self.sample(stored, views)
+        import torch
+
+        codes, lengths = self.sequences(stored, views)
+        nothing = torch.zeros(len(stored), len(self.tracks), self.info.bins)
+        return Sample(
+            torch.from_numpy(codes), torch.from_numpy(lengths), torch.from_numpy(stored), nothing, nothing > 0
+        )
+
+    @property
+    def sequence_count(self) -> int:
+        """How many sequences are stored: one per region, or the distinct haplotypes of donors."""
+        return len(self) if self.donors is None else len(self.donors.sequences)
+
+    def stored(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """The stored sequences that regions are made of, each once."""
+        return rows if self.donors is None else self.donors.of_rows(rows)
+
+    def view_index(self, row: int) -> int:
+        """What the drawing of views depends on: the region, of donors the gene, so that haplotypes are shared."""
+        return row if self.donors is None else int(self.donors.gene[row])
+
     def raw_targets(self, rows: Sequence[int] | npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
         """Raw sums per bin ``(rows, tracks, bins)``; NaN where missing or masked."""
         raw = np.array(self.targets[rows], dtype=np.float32)
@@ -186,7 +225,8 @@ class Dataset:
 
     def squashed_targets(self, rows: Sequence[int] | npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
         """Targets as the model sees them ``(rows, tracks, bins)``; NaN where missing or masked."""
-        return np.asarray(squash(self.raw_targets(rows), self.tracks, self.info.bin_size), dtype=np.float32)
+        raw = self.raw_targets(rows)
+        return np.asarray(squash(raw, self.tracks, self.info.bin_size), dtype=np.float32) if len(self.tracks) else raw
 
     def sample(
         self,
@@ -197,7 +237,13 @@ class Dataset:
         """A batch of torch tensors; on the other strand the bins turn round and the strand pairs change places."""
         import torch
 
-        codes, lengths = self.sequences(rows, views, window)
+        rows = np.asarray(rows, dtype=np.int64)
+        stored, seen, haplotypes = rows, tuple(views or [FORWARD] * len(rows)), None
+        if self.donors is not None:
+            arranged = self.donors.arrange(rows, seen)
+            stored, seen, haplotypes = arranged.sequences, arranged.views, torch.from_numpy(arranged.haplotypes)
+        codes, lengths = self.sequences(stored, seen, window)
+        shown = np.column_stack([stored, [[view.reverse, view.shift] for view in seen]]).astype(np.int64)
         targets = self.squashed_targets(rows)
         if views is not None:
             reverse = np.array([view.reverse for view in views])
@@ -205,15 +251,17 @@ class Dataset:
         known = ~np.isnan(targets)
         covariates: dict[str, torch.Tensor] = {}
         if self.covariates is not None:
-            values = self.covariates.iloc[np.asarray(rows)].to_numpy(dtype=np.float32, copy=True)
+            values = self.covariates.iloc[rows].to_numpy(dtype=np.float32, copy=True)
             covariates["covariates"] = torch.from_numpy(values)
         return Sample(
             codes=torch.from_numpy(np.ascontiguousarray(codes)),
             lengths=torch.from_numpy(lengths),
-            row=torch.from_numpy(np.asarray(rows, dtype=np.int64)),
+            row=torch.from_numpy(rows),
             targets=torch.from_numpy(np.where(known, targets, np.float32(0))),
             mask=torch.from_numpy(known),
             covariates=covariates,
+            shown=torch.from_numpy(shown),
+            haplotypes=haplotypes,
         )
 
 
@@ -386,7 +434,7 @@ def open_dataset(folder: Path | str) -> Dataset:
         elif name != "covariates":
             problems.add("the dataset lacks a table", path.name, where=folder, remedy="Prepare the dataset again")
     problems.raise_if_any()
-    tracks = TrackTable.of(tables["tracks"])
+    tracks = TrackTable.none() if tables["tracks"].empty else TrackTable.of(tables["tracks"])
     expected = (len(tables["regions"]), len(tracks), info.bins)
     for name in ("targets", "mask"):
         if name in arrays and arrays[name].shape != expected:
@@ -401,6 +449,7 @@ def open_dataset(folder: Path | str) -> Dataset:
             "the dataset has neither a genome nor stored sequences", where=folder, remedy="Prepare the dataset again"
         )
     problems.raise_if_any()
+    genome = _open_genome(folder, content["genome"])
     return Dataset(
         folder=folder,
         info=info,
@@ -408,11 +457,22 @@ def open_dataset(folder: Path | str) -> Dataset:
         regions=tables["regions"],
         targets=arrays["targets"],
         mask=arrays.get("mask"),
-        genome=_open_genome(folder, content["genome"]),
+        genome=genome,
         codes=arrays.get("codes"),
         lengths=arrays.get("lengths"),
         covariates=tables.get("covariates"),
+        donors=_open_donors(folder, info, tables["regions"], genome) if info.kind == "personal" else None,
     )
+
+
+def _open_donors(folder: Path, info: DatasetInfo, regions: pd.DataFrame, genome: Genome | None) -> Donors:
+    try:
+        assert genome is not None
+        gene, donor = (regions[name].to_numpy(np.int64) for name in ("gene", "donor"))
+        return open_donors(folder, genome, gene, donor, info.window)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        remedy = "Prepare the dataset again"
+        raise DataError(f"the donors of the dataset cannot be read ({error})", where=folder, remedy=remedy) from error
 
 
 def _read_info(folder: Path) -> tuple[DatasetInfo, dict[str, Any]]:

@@ -17,7 +17,13 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from seqgraft.data.dataset import Dataset, DatasetInfo, hash_file, open_dataset, write_dataset
-from seqgraft.data.duplicates import DuplicatePolicy, duplicate_links, find_duplicates, resolve_duplicates
+from seqgraft.data.duplicates import (
+    DuplicatePolicy,
+    copied_rows,
+    duplicate_links,
+    find_duplicates,
+    resolve_duplicates,
+)
 from seqgraft.data.folds import FoldPlaces, Folds, assign_folds
 from seqgraft.errors import ConfigError, DataError, Problems
 from seqgraft.genome import Genome, match_chroms, read_bed_table
@@ -96,7 +102,7 @@ def prepare_peaks(source: PeakSource, folder: Path) -> Dataset:
     ]
     listing = folder.with_name(f"{folder.name}.duplicates.tsv")
     kept = resolve_duplicates(report, source.duplicates, len(regions), names, listing)
-    regions = regions[kept].reset_index(drop=True)
+    regions = regions[kept].assign(copied=copied_rows(report, kept)).reset_index(drop=True)
     files = [path for path in (source.peaks, source.repeats, source.exclude) if path is not None]
     info = DatasetInfo(
         kind="labelled",

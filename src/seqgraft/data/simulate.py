@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -20,9 +20,21 @@ import numpy.typing as npt
 import pandas as pd
 
 from seqgraft.bigwig import runs, write_bigwig
+from seqgraft.data.cohort import Cohort, cohort_difficulty, write_cohort
 from seqgraft.data.dataset import new_folder, write_json
+from seqgraft.data.simulated_cells import write_cell_variants, write_cells
 from seqgraft.errors import ConfigError, DataError
-from seqgraft.oracle import Motif, difficulty, expected, grammar, motif_difference, oracle, scan, track_names
+from seqgraft.oracle import (
+    Motif,
+    cell_difficulty,
+    difficulty,
+    expected,
+    grammar,
+    motif_difference,
+    oracle,
+    scan,
+    track_names,
+)
 from seqgraft.sequence import COMPLEMENT, Codes, N, decode, reverse_complement
 
 __all__ = ["Simulation", "Truth", "open_truth", "simulate", "simulate_labelled", "variant_windows"]
@@ -34,9 +46,13 @@ Rows = list[dict[str, Any]]
 
 @dataclass(frozen=True)
 class Simulation:
-    """What to simulate. ``conditions`` are names of the grammar: base1 to base4, or the new ones, naive and activated.
+    """What to simulate.
 
-    ``chromosome_length`` in bp; ``variants``: how many per kind (causal, neutral, decoy, background) at most.
+    ``conditions`` are names of the grammar: base1 to base4, the new ones (naive, activated), cell types (bcell, ...).
+
+    ``chromosome_length`` in bp; ``variants``: how many per kind (causal, neutral, decoy, background) at most;
+    ``donors``: a cohort with genotypes and expression in the first condition, if wanted; ``cells``: condition -> how
+    many cells, for fragments of single cells.
     """
 
     seed: int = 1
@@ -45,6 +61,8 @@ class Simulation:
     chromosomes: int = 8
     chromosome_length: int = 200_000
     variants: int = 100
+    donors: Cohort | None = None
+    cells: dict[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         grammar().activities((), self.conditions)
@@ -59,6 +77,10 @@ class Simulation:
         for name in ("replicates", "chromosomes"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1", getattr(self, name), where="simulation")
+        for name, number in self.cells.items():
+            if name not in self.conditions or number < 1:
+                remedy = "Give conditions of the simulation and a number of cells, 1 or more, of each"
+                raise ConfigError("these cells cannot be simulated", {name: number}, where="cells", remedy=remedy)
         if self.variants < 0 or self.seed < 0:
             raise ConfigError("variants and seed cannot be negative", (self.variants, self.seed), where="simulation")
 
@@ -84,6 +106,22 @@ class Truth:
     def variants(self) -> pd.DataFrame:
         return pd.read_parquet(self.folder / "truth" / "variants.parquet")
 
+    def cell_rates(self) -> pd.DataFrame:
+        return pd.read_parquet(self.folder / "truth" / "cell_rates.parquet")
+
+    def cell_variants(self) -> pd.DataFrame:
+        return pd.read_parquet(self.folder / "truth" / "cell_variants.parquet")
+
+    def donor_variants(self) -> pd.DataFrame:
+        return pd.read_parquet(self.folder / "truth" / "donor_variants.parquet")
+
+    def donor_genes(self) -> pd.DataFrame:
+        return pd.read_parquet(self.folder / "truth" / "donor_genes.parquet")
+
+    def donor_values(self) -> pd.DataFrame:
+        """Genetic values, genes x donors."""
+        return pd.read_parquet(self.folder / "truth" / "donor_values.parquet").set_index("gene")
+
 
 def open_truth(folder: Path | str) -> Truth:
     """The truth in a simulated folder.
@@ -106,6 +144,8 @@ def open_truth(folder: Path | str) -> Truth:
             "the simulation has another format version", content.get("format_version"), where=path, remedy=remedy
         )
     settings = {**content["simulation"], "conditions": tuple(content["simulation"]["conditions"])}
+    if donors := settings.get("donors"):
+        settings["donors"] = Cohort(**{**donors, "populations": tuple(donors["populations"])})
     return Truth(folder, Simulation(**settings), content["difficulty"], content["ceilings"])
 
 
@@ -121,6 +161,9 @@ def simulate(simulation: Simulation, folder: Path | str) -> Truth:
     * ``genes.parquet``: gene_id, chrom, start, end, strand, tss, and per condition the expected count of its exon;
     * ``variants.parquet``: chrom, position (1-based), ref, alt, id, kind, motif, role, motif_difference, and per track
       the log2 fold change of the expected sum (+ 1) around the variant, spans as in ``simulation.json``.
+
+    With donors also what :func:`seqgraft.data.cohort.write_cohort` says, and with cells what
+    :func:`seqgraft.data.simulated_cells.write_cells` and ``write_cell_variants`` say.
 
     Raises:
         RunError: the folder exists or cannot be written.
@@ -145,6 +188,20 @@ def simulate(simulation: Simulation, folder: Path | str) -> Truth:
             table.to_parquet(building / "truth" / f"{name}.parquet")
         ceilings = _write_tracks(simulation, rates, chromosomes, building)
         about = {"format": "seqgraft-simulation", "format_version": FORMAT_VERSION, "simulation": asdict(simulation)}
+        if simulation.donors is not None:
+            codes, condition = {name: c.codes for name, c in chromosomes.items()}, simulation.conditions[0]
+            made = write_cohort(simulation.donors, building, codes, motifs, genes, condition, simulation.seed)
+            ceilings |= {"donors": made}
+            frozen, its_hash = cohort_difficulty()
+            about |= {"donors": {"difficulty": its_hash, "settings": frozen}}
+        if simulation.cells:
+            codes = {name: c.codes for name, c in chromosomes.items()}
+            write_cells(building, simulation.cells, codes, simulation.seed)
+            if simulation.variants:
+                pair = variant_windows(codes, tables["variants"], content["variants"]["window"])
+                write_cell_variants(building, list(simulation.cells), tables["variants"], pair)
+            frozen, its_hash = cell_difficulty()
+            about |= {"cells": {"difficulty": its_hash, "settings": frozen}}
         write_json(building / "truth.json", {**about, "difficulty": digest, "ceilings": ceilings, "settings": content})
     return open_truth(folder)
 

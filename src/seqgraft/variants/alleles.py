@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from seqgraft.errors import DataError, RunError
-from seqgraft.genome import Genome, Variant, match_chroms, read_vcf_rows
+from seqgraft.genome import Genome, Variant, check_assembly, match_chroms, read_vcf_rows
 from seqgraft.sequence import Codes, N, encode
 
 __all__ = ["MAX_SKIPPED", "REASONS", "AlleleCheck", "Checked", "CheckedFile", "check_vcf"]
@@ -43,10 +43,10 @@ REASONS: Final = (
     "REF does not match the FASTA",
     "the alleles are swapped: ALT matches the FASTA, REF does not",
     "it stands in the file before",
+    "the model scores single-base substitutions only",
 )
 _SCORED, _CHROM, _NONE, _SYMBOLIC, _STAR, _LETTERS, _SAME = range(7)
-_BEYOND, _LONG, _SHORT, _UNKNOWN, _MISMATCH, _SWAPPED, _DUPLICATE = range(7, 14)
-_ENOUGH = 10  # variants from which a share says something about the whole file
+_BEYOND, _LONG, _SHORT, _UNKNOWN, _MISMATCH, _SWAPPED, _DUPLICATE, _NO_SNV = range(7, 15)
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,12 +74,14 @@ class AlleleCheck:
         window: bp that the model sees.
         target: bp that it predicts; an allele may have a quarter of them.
         rename: chromosome in the VCF -> name in the FASTA.
+        single: only substitutions of one base can be scored.
     """
 
     genome: Genome
     window: int
     target: int
     rename: Mapping[str, str]
+    single: bool = False
 
     def contigs(self) -> dict[str, Codes]:
         """Base codes of all contigs by name; views of the memory map."""
@@ -115,6 +117,8 @@ class AlleleCheck:
             return _LONG
         if 4 * len(contig) < self.window:
             return _SHORT
+        if self.single and (len(ref), len(alt)) != (1, 1):
+            return _NO_SNV
         found = contig[start : start + len(ref)]
         if len(ref) == 1:
             if found[0] == _CODE[ref]:
@@ -262,13 +266,5 @@ def _diagnose(path: Path, check: AlleleCheck, reasons: npt.NDArray[np.uint8], un
         twins = [n for n in names if {n.removeprefix("chr"), f"chr{n}"} & check.genome.chroms.keys()]
         match_chroms(twins[:1] or names, check.genome, path)
     compared = np.isin(reasons, (_SCORED, _MISMATCH, _SWAPPED))
-    wrong, swapped = (np.count_nonzero(np.isin(reasons, of)) for of in ((_MISMATCH, _SWAPPED), (_SWAPPED,)))
-    total = np.count_nonzero(compared)
-    if total < _ENOUGH or 4 * wrong <= total:
-        return
-    if 10 * swapped > 9 * wrong:
-        remedy = "Write the reference base as REF, as 'bcftools norm --check-ref s' does; signs depend on it"
-        raise DataError("REF and ALT are swapped in many variants", f"{swapped} of {total}", where=path, remedy=remedy)
-    remedy = f"The FASTA is {check.genome.path.name}: use variants of that assembly, or lift them over"
-    what = "REF differs from the FASTA in many variants: the VCF is of another assembly"
-    raise DataError(what, f"{wrong} of {total}", where=path, remedy=remedy)
+    wrong, swapped = (int(np.isin(reasons, of).sum()) for of in ((_MISMATCH, _SWAPPED), (_SWAPPED,)))
+    check_assembly(path, check.genome, int(compared.sum()), wrong, swapped)

@@ -181,6 +181,7 @@ class VariantScorer:
 
     Attributes:
         columns: names of what is scored: the tracks, or the signals whose strands are merged.
+        labels: names of the scorers.
 
     Raises:
         ConfigError: settings that do not suit what the model predicts.
@@ -192,6 +193,7 @@ class VariantScorer:
         assert self.config.over is not None
         self.sites = self.config.over.sites(layout)
         self.columns: tuple[str, ...] = tuple(layout.tracks.names)
+        self.labels = tuple(scorer.label for scorer in self.config.scorers)
         self.device = next(model.parameters()).device
         self._predictor: _Predictor = _Local(model) if config.local else _Whole(model)
         self._signals = self._pairs() if config.merge_strands else None

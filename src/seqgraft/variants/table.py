@@ -36,8 +36,10 @@ from seqgraft.data.dataset import hash_file, write_json
 from seqgraft.errors import ConfigError, DataError, RunError, SeqgraftError
 from seqgraft.genome import Variant, vcf_text, write_vcf
 from seqgraft.models.base import SequenceModel
+from seqgraft.models.masked import MaskedModel
 from seqgraft.progress import progress
 from seqgraft.variants.alleles import AlleleCheck, Checked, check_vcf
+from seqgraft.variants.likelihood import LikelihoodScorer
 from seqgraft.variants.place import Layout
 from seqgraft.variants.score import Scores, VariantConfig, VariantScorer
 
@@ -380,12 +382,14 @@ def score_vcf(
         RunError: the output exists or cannot be written; an interrupted scoring of something else.
     """
     check_output(out)
-    scorers = [VariantScorer(each, layout, config) for each in (model, *replicates)]
+    scorers = [
+        LikelihoodScorer(each, layout, config) if isinstance(each, MaskedModel) else VariantScorer(each, layout, config)
+        for each in (model, *replicates)
+    ]
     scorer = scorers[0]
-    config = scorer.config
-    assert config.over is not None
-    labels = tuple(s.label for s in config.scorers)
-    table = Table(labels, tuple(config.over.columns), scorer.columns, calibration is not None)
+    config, labels = scorer.config, scorer.labels
+    over = () if config.over is None else config.over.columns
+    table = Table(labels, tuple(over), scorer.columns, calibration is not None)
     chunk = chunk or min(LARGEST_CHUNK, max(64, (1 << 25) // layout.window))
     about = {"format": "seqgraft-variants", "format_version": FORMAT_VERSION, "chunk": chunk, "shard": list(shard)}
     notes = {"run": str(identity.get("run", "")), "genome": layout.genome.hash}
@@ -397,7 +401,8 @@ def score_vcf(
         _check_header(vcf, table.infos)
     parts = Parts(out, manifest, table, resume=resume)
     try:
-        check = AlleleCheck(layout.genome, layout.window, layout.target, config.rename)
+        single = isinstance(scorer, LikelihoodScorer)
+        check = AlleleCheck(layout.genome, layout.window, layout.target, config.rename, single)
         checked = check_vcf(vcf, check, skipped_path(out), allow_skipped=config.allow_skipped)
         records = checked.rows_of(shard)
         if shard != (1, 1):
