@@ -27,11 +27,12 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("tracks", "dosage"),
     # 1
     ("losses", "metrics", "plots"),
-    ("intervals", "logos", "trends"),
+    ("cell_plots", "intervals", "logos", "trends"),
     (
         "data.covariates",
         *("data", "data.augment", "data.dataset", "data.duplicates", "data.folds", "data.labels", "data.seen"),
-        *("data.tables", "data.tiles", "data.labelled", "data.peaks", "data.coverage", "data.simulate"),
+        *("data.tables", "data.tiles", "data.labelled", "data.peaks", "data.coverage", "data.simulate", "data.cohort"),
+        "data.simulated_cells",
         *("data.calls", "data.donors", "data.expression", "data.genotypes", "data.haplotypes", "data.personal"),
         *("data.binned", "data.barcodes", "data.fragment_files", "data.fragments", "data.pseudobulk", "data.quality"),
         *("data.spill", "data.windows"),
@@ -72,20 +73,21 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     # 4
     ("regions", "scoring"),
     ("predict", "objectives"),
+    ("cache_tiles",),
     ("cache", "memory", "local"),
     # 5
     ("train", "baselines", "genes", "output", "card", "token_counts"),
-    ("controls", "target"),
+    ("controls", "target", "specificity"),
     ("attribute", "plain"),
     # 6
-    ("evaluate", "variants.place"),
+    ("evaluate", "linearity", "variants.place"),
     ("donor_scores", "ism"),
     ("agreement", "predixcan"),
     ("effects",),
-    ("variants.alleles", "variants.over", "variants.scorers"),
+    ("variants.alleles", "variants.marks", "variants.over", "variants.scorers"),
     ("variants.score",),
     ("variants.likelihood",),
-    ("variants.table", "variants.screen"),
+    ("variants.panels", "variants.table", "variants.screen"),
     ("variants.calibrate",),
     ("variants",),
     ("markov",),
@@ -99,7 +101,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("cells",),
     ("results",),
     ("grids",),
-    ("sweep", "report", "report.page", "report.scores", "report.run", "report.comparison", "report.sweep"),
+    ("sweep", "report", "report.page", "report.scores", "report.donors", "report.run", "report.comparison", "report.sweep"),
     # 9
     ("demo",),
     ("cli",),
@@ -115,11 +117,11 @@ BASES = {
         *("data.barcodes", "data.binned", "data.fragment_files", "data.pseudobulk", "data.quality", "data.spill"),
         *("data.augment", "data.dataset", "data.duplicates", "data.folds", "data.labels", "data.seen"),
         *("data.tables", "data.tiles", "data.donors", "data.expression", "data.genotypes", "data.haplotypes"),
-        "data.calls",
+        *("data.calls", "data.cohort", "data.simulated_cells"),
     },
     "models": {"models.base", "models.dryrun", "models.module", "models.sites", "models.stages"},
     "adapters": {"adapters.base"},
-    "report": {"report.page", "report.scores"},
+    "report": {"report.donors", "report.page", "report.scores"},
 }
 REGISTRIES = {"data", "variants", "models", "models.folders", "models.weights", "adapters", "report"}
 
@@ -129,7 +131,7 @@ DOORS: dict[str, set[str]] = {
     "h5py": {"data.barcodes", "models.baskerville"},
     "huggingface_hub": {"models.huggingface"},
     "jinja2": {"report"},
-    "matplotlib": {"logos", "plots", "trends"},
+    "matplotlib": {"cell_plots", "logos", "plots", "trends"},
     "optuna": {"grids"},
     "peft": {"adapters.lora"},
     "pybigtools": {"bigwig", "tracks"},

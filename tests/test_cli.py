@@ -38,6 +38,7 @@ COMMANDS = (
     "predict",
     "variants",
     "calibrate",
+    "effects",
     "screen",
     "attribute",
     "embed",

@@ -134,7 +134,8 @@ def test_across_regions_and_across_tracks_by_hand(tmp_path: Path, pretrained: Pa
         assert across["value"] == pytest.approx(pearson(*means), abs=1e-6)
         assert across["unit"] == "squashed"
     plus = [0, 3]
-    own = [values_[:, 0] - values_[:, plus].mean(1) for values_ in (truth, values)]
+    levels = [values_[:, plus] / np.nanmean(values_[:, plus], axis=(0, 2))[:, None] for values_ in (truth, known)]
+    own = [level[:, 0] - level.mean(1) for level in levels]
     both = np.isfinite(own[0])
     specific = cell(found.metrics, model="run", metric="pearson_across_tracks", track="a+")
     assert specific["value"] == pytest.approx(pearson(own[0][both], own[1][both]), abs=1e-6)

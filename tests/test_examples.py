@@ -18,6 +18,7 @@ import pytest
 import yaml
 
 from seqgraft.adapters import ADAPTERS
+from seqgraft.agreement import Measured
 from seqgraft.attribute import AttributeConfig
 from seqgraft.baselines import KmerSettings
 from seqgraft.data import SOURCES, open_dataset, prepare_source
@@ -34,6 +35,7 @@ from seqgraft.data.pseudobulk import Assay
 from seqgraft.data.quality import QC_COLUMNS
 from seqgraft.data.simulate import Simulation, simulate
 from seqgraft.data.tables import read_track_table
+from seqgraft.effects import EffectsConfig
 from seqgraft.evaluate import EvaluateConfig, GenesConfig
 from seqgraft.experiment import (
     Experiment,
@@ -46,11 +48,12 @@ from seqgraft.experiment import (
 )
 from seqgraft.genes import GeneSettings, read_fold_changes
 from seqgraft.genome import Genome, Interval, read_bed_table, read_gtf, read_vcf
-from seqgraft.grids import Range, Search, SweepConfig
+from seqgraft.grids import Range, Search, SweepConfig, methods_of, read_sweep
 from seqgraft.losses import LOSSES, TOKEN_LOSSES
 from seqgraft.models.weights import ModelConfig
 from seqgraft.oracle import grammar
 from seqgraft.plan import plan_run
+from seqgraft.predixcan import PrediXcan
 from seqgraft.report import write_report
 from seqgraft.run import attribute_run, evaluate_run, fit_run, predict_run, prepare
 from seqgraft.sequence import decode
@@ -76,6 +79,7 @@ CONFIGURED: list[type] = [
     *(VariantConfig, ScreenConfig, *OVERS.values()),
     *(scorer for scorer in SCORERS.values() if not issubclass(scorer, Baskerville)),  # which have no keys
     *(AttributeConfig, Target),
+    *(EffectsConfig, Measured, PrediXcan),
     *(SweepConfig, Search, Range),
 ]
 
@@ -154,10 +158,13 @@ def test_the_small_files_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert len(read_bed_table("peaks.narrowPeak")) == 1
     assert build(Simulation, read_yaml(Path("sim.yaml")), "sim.yaml").chromosomes == 4
     text = dict(re.findall(r"^<!-- yaml: (\w+) -->\n```yaml\n(.*?)^```$", FORMATS, re.MULTILINE | re.DOTALL))
-    others = {"experiment", "variants", "attribute", "sweep"}
+    others = {"experiment", "variants", "effects", "attribute", "sweep"}
     assert {"coverage", "fragments", "labelled", "peaks", "personal", "windows"} | others == set(text)
     assert len(build(SweepConfig, yaml.safe_load(text["sweep"]), "sweep").grid["adapter"]) == 3
     assert len(build(VariantConfig, yaml.safe_load(text["variants"]), "variants").scorers) == 2
+    assert build(EffectsConfig, yaml.safe_load(text["effects"]), "effects").measured == Measured(
+        Path("mpra.tsv"), effect="log_fold_change", gene="gene", significant="fdr", below=0.05
+    )
     assert build(AttributeConfig, yaml.safe_load(text["attribute"]), "attribute").target.minus == ("rna_naive_*",)
     sources = {kind: parse_source(yaml.safe_load(text[kind])) for kind in SOURCES}
     assert parse_experiment(yaml.safe_load(text["experiment"])).evaluate.ensemble == Augmentation(True, 0)
@@ -289,8 +296,12 @@ def test_every_example_is_here() -> None:
 @pytest.mark.parametrize("path", YAMLS, ids=lambda path: str(path.relative_to(EXAMPLES)))
 def test_yaml_is_understood(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SEQGRAFT_SHARED", os.environ.get("SEQGRAFT_SHARED", "shared"))
+    monkeypatch.setenv("REPORTER_TABLE", "reporter.csv")  # what a user names, of setting_the_bar
+    monkeypatch.setenv("SPECIESLM_COMMIT", "0" * 40)
     if path.name.endswith("data.yaml"):
         parse_source(read_yaml(path), str(path))
+    elif "grid" in read_yaml(path):
+        assert methods_of(read_sweep(path))
     elif "sim" in path.suffixes[0] or path.name == "sim.yaml":
         build(Simulation, read_yaml(path), str(path))
     elif path.name == "contrast.yaml":

@@ -21,7 +21,7 @@ from seqgraft.data.barcodes import CellLabels, Cells, Matcher, half_of, read_cel
 from seqgraft.data.coverage import CoverageSource, prepare_coverage
 from seqgraft.data.folds import Folds
 from seqgraft.data.fragment_files import FragmentFile, FragmentReader
-from seqgraft.data.fragments import FragmentSource, prepare_fragments
+from seqgraft.data.fragments import FragmentSource, depth_weights, prepare_fragments
 from seqgraft.data.pseudobulk import Assay, Contigs, Layout, count_assay
 from seqgraft.data.quality import Quality
 from seqgraft.data.spill import Spill, base_signal, bin_signal, layers_of
@@ -110,6 +110,51 @@ def slow_signal(rows: Sequence[Row], count: str, wanted: set[str]) -> dict[str, 
             for base in range(start, end):
                 signal[chrom][base] += 1
     return signal
+
+
+def test_halves_of_the_cells_are_kept_for_regions_that_are_not_for_training(files: Path, tmp_path: Path) -> None:
+    """Against a slow reference; regions that the blacklist touches are not compared."""
+    (tmp_path / "black.bed").write_text("chr3\t10\t20\n")
+    source = source_of(files, stride=70, blacklist=tmp_path / "black.bed")
+    dataset = prepare_fragments(source, tmp_path / "data")
+    rows = np.flatnonzero(dataset.regions["fold"] != "train")
+    kept = dataset.squashed_halves(rows)
+    assert kept is not None
+    (first, second), depths = kept
+    hit = (dataset.regions["chrom"] == "chr3").to_numpy()[rows] & (dataset.regions["start"] < 40).to_numpy()[rows]
+    assert hit.any()
+    assert np.isnan(first[hit]).all()
+    np.testing.assert_array_equal((first + second)[~hit], dataset.targets[rows][~hit])
+    cells = {name for name, own in zip(CELLS, TYPES, strict=True) if own == "T" and half_of(name) == 0}
+    assert 0 < len(cells) < 4
+    signal = slow_signal(make_rows(3), "midpoints", cells)
+    position = dataset.tracks.names.index("T_mark")
+    for number in np.flatnonzero(~hit):
+        region = dataset.regions.iloc[rows[number]]
+        expected = signal[region["chrom"]][region["start"] : region["end"]].reshape(10, 20).sum(1)
+        np.testing.assert_array_equal(first[number, position], expected)
+    np.testing.assert_allclose(depths.sum(0), dataset.targets[rows][~hit].sum((0, 2)))
+
+
+def test_weights_by_depth(files: Path, tmp_path: Path) -> None:
+    plain = prepare_fragments(source_of(files), tmp_path / "plain").tracks
+    assert set(plain.frame["loss_weight"]) == {1.0}
+    tracks = prepare_fragments(source_of(files, weights="depth"), tmp_path / "data").tracks
+    for index in tracks.groups.values():
+        depth, weight = tracks.column("depth")[index], tracks.column("loss_weight")[index]
+        np.testing.assert_allclose(weight, np.sqrt(np.median(depth) / depth))
+    assert plain.column("depth").tolist() == tracks.column("depth").tolist()
+    deep = {"depth": 9000.0, "group": "rna"}
+    table = TrackTable.build(
+        [{"name": "a+", **deep}, {"name": "a-", **deep | {"depth": 1000.0}}]
+        + [{"name": f"b{s}", **deep | {"depth": d}} for s, d in zip("+-", (20.0, 20.0), strict=True)]
+        + [{"name": f"c{s}", **deep | {"depth": 0.0}} for s in "+-"]
+    )
+    median = (5000 + 20) / 2
+    expected = np.sqrt([median / 5000, median / 20]).clip(0.1, 10)
+    np.testing.assert_allclose(depth_weights(table), [expected[0]] * 2 + [expected[1]] * 2 + [1, 1])
+    with pytest.raises(ConfigError, match="weights are unknown: 'deep'"):
+        source_of(files, weights="deep")
 
 
 def test_targets_are_those_of_a_slow_reference(files: Path, tmp_path: Path) -> None:

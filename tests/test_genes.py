@@ -259,3 +259,24 @@ def test_diamide_fold_change_of_held_out_yeast_genes(shared: Path) -> None:
     ceiling = fold_change_ceiling(changes[1], changes[2])
     assert ceiling.genes > 300
     assert 0.6 < ceiling.replicates < ceiling.reliability < 0.98
+
+
+def test_marker_genes_are_those_that_one_condition_has_most_of() -> None:
+    rng = np.random.default_rng(3)
+    tracks = TrackTable.build([{"name": name, "condition": name[0]} for name in ("a1", "a2", "b1", "c1")])
+    genes = pd.Index([f"g{i}" for i in range(4000)], name="gene_id")
+    base = 2 ** rng.uniform(4, 8, (4000, 1)) * 2 ** rng.normal(0, 0.05, (4000, 4))
+    base[:60, :2] *= 8  # 60 genes of a, of which 50 count; 20 of b, 2 of which hardly differ; c has none
+    base[60:78, 2] *= 16
+    base[78:80, 2] *= 1.5
+    observed = pd.DataFrame(base, index=genes, columns=pd.Index(tracks.names))
+    predicted = observed.copy()
+    predicted.iloc[:80] = predicted.iloc[:80].to_numpy()[:, [3, 3, 3, 3]]  # knows of no marker gene
+    scores = gene_scores(observed, predicted, signal_table(tracks), draws=10).set_index(["level", "metric", "track"])
+    markers = scores.loc["genes_marker"].loc["pearson"]
+    assert markers["count"].unique().tolist() == [50 + 18]
+    assert markers["value"].max() < 0.3
+    same = gene_scores(observed, observed, signal_table(tracks), draws=10).set_index("level")
+    assert same.loc["genes_marker", "value"].min() == pytest.approx(1)
+    alone = signal_table(TrackTable.build([{"name": name} for name in tracks.names]))
+    assert "genes_marker" not in set(gene_scores(observed, observed, alone, draws=10)["level"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
@@ -33,6 +34,7 @@ from seqgraft.models.base import Head, SequenceModel, State, undo_link
 from seqgraft.models.weights import ModelConfig, build_model
 from seqgraft.objectives import OfGenes
 from seqgraft.predict import predict
+from seqgraft.report import write_report
 from seqgraft.run import evaluate_run, fit_run
 from seqgraft.tracks import TrackTable
 from seqgraft.train import TrainConfig
@@ -415,6 +417,13 @@ def test_genes_beyond_their_contig_and_counts_without_a_logarithm(files: dict[st
         prepare_source(source_of(files, expression=Expression(files["e.tsv"], log=-100.0)), tmp_path / "out")
 
 
+def test_no_gene_left(files: dict[str, Path], tmp_path: Path) -> None:
+    table = pd.read_csv(files["e.tsv"], sep="\t", index_col=0)
+    (table * 0).to_csv(tmp_path / "zero.tsv", sep="\t")
+    with pytest.raises(DataError, match="no gene is left: all are zero, constant or unknown"):
+        prepare_source(source_of(files, expression=Expression(tmp_path / "zero.tsv")), tmp_path / "out")
+
+
 # ---- a run ----
 
 
@@ -437,7 +446,10 @@ def test_a_run_learns_and_is_scored_beside_linear_models(cohort: Dataset, tmp_pa
     test = found.genes[(found.genes["fold"] == "test") & (found.genes["model"] == "linear probe on random weights")]
     own = metrics.loc["linear probe on random weights", "test", "pearson_within_genes"]["value"]
     assert own == pytest.approx(test["pearson_within_genes"].mean())
-    assert "d01" not in found.genes.to_csv()  # donors are not named
+    page = write_report(tmp_path / "run").read_text()
+    assert "Gene by gene" in page
+    assert "in held-out donors, for genes of training" in page
+    assert not re.search(r"\bd\d\d\b", page + found.genes.to_csv())  # donors are not named
 
 
 def test_losses_of_pairs_need_donors(cohort: Dataset, tmp_path: Path) -> None:

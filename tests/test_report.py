@@ -387,3 +387,58 @@ def test_a_page_that_cannot_be_written(tmp_path: Path) -> None:
     with pytest.raises(RunError, match="cannot be written"):
         write_report(run, run / "adapter")
     assert not list(tmp_path.rglob("*.part"))
+
+
+# Cell types
+
+
+def cells_run(folder: Path) -> Path:
+    """A run of two cell types, one at the ceiling and one without, of which one is recognised."""
+    run = make_run(folder)
+    label, rows = "LoRA(rank=8)", []
+    for model, scores in ((label, (1.02, float("nan"))), ("mean track", (0.1, float("nan")))):
+        for metric, unit in (
+            ("pearson", "squashed"),
+            ("pearson_across_tracks", "squashed"),
+            ("pearson_across_tracks_of_ceiling", "share of the ceiling"),
+        ):
+            values = {"B": scores[0], EVIL: scores[1], "": scores[0]}
+            rows += [(model, "test", "atac", t, metric, v, v - 0.05, v + 0.05, 30, unit, "") for t, v in values.items()]
+        rows.append(
+            (model, "test", "atac", "", "cell_types_recognised", 0.5, *[float("nan")] * 2, 30, "share", "1 of 2")
+        )
+    rows.append(("split-half ceiling", "test", "atac", "", "pearson", 0.8, 0.7, 0.9, 30, "squashed", ""))
+    columns = ["model", "fold", "group", "track", "metric", "value", "low", "high", "n", "unit", "note"]
+    pd.DataFrame(rows, columns=columns).to_parquet(run / "evaluation" / "metrics.parquet")
+    names = ["B", EVIL]
+    confusion = pd.DataFrame({"observed": np.repeat(names, 2), "predicted": names * 2, "pearson": [0.6, 0.2, 0.5, 0.1]})
+    confusion = confusion.assign(best=[True, False, True, False], group="atac", fold="test", model=label, n=99)
+    confusion.to_parquet(run / "evaluation" / "confusion.parquet")
+    return run
+
+
+def test_cell_types_have_a_section(tmp_path: Path) -> None:
+    text, outline = page(write_report(cells_run(tmp_path / "run")))
+    assert "Does it tell cell types apart?" in outline.text["h2"]
+    charts = [svg["aria-label"] or "" for svg in outline.all("svg")]
+    share = next(label for label in charts if "of the ceiling" in label)
+    assert share.startswith("LoRA(rank=8): 102% of the ceiling of what cell types have of their own")
+    assert "1 of 2 tracks at or above it" in share
+    assert "1 without a ceiling" in share
+    assert any(label.startswith("1 of 2 cell types are recognised by LoRA(rank=8)") for label in charts)
+    assert "a share can exceed 1" in text
+    first = next(label for label in charts if "reaches Pearson" in label)
+    assert "best baseline, mean track" in first  # a ceiling is no baseline
+    assert EVIL not in text
+
+
+def test_without_cell_types_there_is_no_such_section(report: tuple[str, Outline]) -> None:
+    assert "Does it tell cell types apart?" not in report[1].text["h2"]
+
+
+def test_damaged_confusion_is_listed(tmp_path: Path) -> None:
+    run = cells_run(tmp_path / "run")
+    (run / "evaluation" / "confusion.parquet").write_bytes(b"PAR1")
+    text, _ = page(write_report(run))
+    assert "confusion.parquet cannot be read" in text
+    assert "recognised by" not in text

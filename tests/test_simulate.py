@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -9,9 +10,22 @@ import pandas as pd
 import pybigtools
 import pytest
 
+from seqgraft.data import prepare_source
 from seqgraft.data.simulate import Simulation, Truth, open_truth, simulate, simulate_labelled, variant_windows
+from seqgraft.data.simulated_cells import cell_tracks
 from seqgraft.errors import ConfigError, DataError, RunError
-from seqgraft.oracle import difficulty, expected, grammar, motif_difference, oracle, scan, track_names
+from seqgraft.experiment import parse_source
+from seqgraft.oracle import (
+    cell_difficulty,
+    difficulty,
+    expected,
+    expected_marks,
+    grammar,
+    motif_difference,
+    oracle,
+    scan,
+    track_names,
+)
 from seqgraft.sequence import Codes, N, encode, reverse_complement
 from seqgraft.tracks import TrackTable
 
@@ -42,11 +56,11 @@ def test_grammar_is_sane() -> None:
     known = grammar()
     assert all(len(motif.pattern) % 2 == 1 for motif in known.motifs)
     assert len(known.role("core")) == len(known.role("terminator")) == 1
-    assert known.conditions == ("base1", "base2", "base3", "base4", *NEW)
+    assert known.conditions == ("base1", "base2", "base3", "base4", *NEW, *TYPES)
     activity = known.activities(known.role("regulator"), known.conditions)
     assert (activity > 0).any(0).all()
     assert (activity < 0).any(0).all()
-    assert (np.ptp(activity[:, -2:], axis=1) > 0.5).sum() >= 5, "few motifs tell the new conditions apart"
+    assert (np.ptp(activity[:, 4:6], axis=1) > 0.5).sum() >= 5, "few motifs tell the new conditions apart"
 
 
 def test_oracle_is_the_same_on_both_strands(genome: dict[str, Codes]) -> None:
@@ -229,3 +243,123 @@ def test_labelled(tmp_path: Path) -> None:
     assert expression[1] > expression[0] + 1
     with pytest.raises(ConfigError):
         simulate_labelled(Simulation(), tmp_path / "bad.csv", length=100)
+
+
+# ---- single cells ----
+
+# As above: four cell types, two marks and the depth of their cells.
+FROZEN_CELLS = "645c2a8c93c83004a4d84db253bec8caf880b32e4e9c12077884e92cac08726e"
+TYPES = ("bcell", "mono", "nk", "tcell")
+CELLS = {"bcell": 40, "mono": 30, "nk": 6, "tcell": 50}
+
+
+@pytest.fixture(scope="module")
+def cells(tmp_path_factory: pytest.TempPathFactory) -> Truth:
+    tiny = {"chromosomes": 2, "chromosome_length": 40_000, "variants": 10}
+    return simulate(Simulation(seed=5, conditions=TYPES, cells=CELLS, **tiny), tmp_path_factory.mktemp("cells") / "sim")
+
+
+def test_difficulty_of_cells_is_frozen(cells: Truth) -> None:
+    assert cell_difficulty()[1] == FROZEN_CELLS
+    about = json.loads((cells.folder / "truth.json").read_text())
+    assert about["cells"]["difficulty"] == FROZEN_CELLS
+    assert cells.difficulty == FROZEN
+    assert cells.simulation.cells == CELLS
+
+
+def test_marks_by_hand() -> None:
+    rules, marks = grammar().rules, cell_difficulty()[0]["marks"]
+    (core,), (act,) = grammar().role("core"), [m for m in grammar().motifs if m.name == "cond1"]
+    codes = np.full(4096, N, dtype=np.uint8)
+    tss, centre = 1500, 1400
+    for motif, start in ((core, tss - rules.tss), (act, centre - len(act.pattern) // 2)):
+        pattern = motif.pattern.upper().translate(str.maketrans("RYSWKMN", "ACCAGAA"))
+        codes[start : start + len(pattern)] = encode(pattern)
+    (ac, me), at_core = expected_marks(codes[None], ["bcell"])[0], tss - rules.tss + len(core.pattern) // 2
+    effect = grammar().activities([act], ["bcell"])[0, 0]
+
+    def bell(distance: float, mark: str) -> float:
+        return float(np.exp(-0.5 * (distance / marks[mark]["width"]) ** 2))
+
+    log = marks["k27ac"]["gain"] * (effect + marks["k27ac"]["core"] * bell(at_core - centre, "k27ac"))
+    np.testing.assert_allclose(ac[centre], marks["k27ac"]["background"] * np.exp(log) / rules.resolution)
+    rate = np.exp(effect * np.exp(-(tss - centre) / rules.decay))
+    for distance in (0, 40, -100):
+        there = me[tss + marks["k4me3"]["downstream"] + distance] * rules.resolution
+        assert there == pytest.approx(
+            marks["k4me3"]["background"] + marks["k4me3"]["height"] * rate * bell(distance, "k4me3")
+        )
+    turned = expected_marks(reverse_complement(codes)[None], TYPES)[..., ::-1]
+    np.testing.assert_allclose(turned, expected_marks(codes[None], TYPES), atol=1e-9)
+
+
+def test_fragments_are_draws_of_their_truth(cells: Truth, tmp_path: Path) -> None:
+    """Counted by `prepare`, every track has the depth of its truth, and varies around it as Poisson draws do."""
+    assays = [
+        {"name": name, "count": about["count"], "files": [{"path": str(cells.folder / "fragments" / f"{name}.tsv.gz")}]}
+        for name, about in cell_difficulty()[0]["assays"].items()
+    ]
+    assays[-1]["files"][0]["strand"] = "forward"
+    source = {
+        "kind": "fragments",
+        "fasta": str(cells.folder / "genome.fa"),
+        "assays": assays,
+        "labels": {"path": str(cells.folder / "cells.csv"), "group": "cell_type"},
+        "window": 5120,
+        "target_length": 4096,
+        "bin_size": 16,
+        "folds": {"by": "chromosome", "test": ["chr2"]},
+    }
+    dataset = prepare_source(parse_source(source), tmp_path / "data")
+    assert dataset.tracks.names == cell_tracks(TYPES)
+    files = {file["assay"]: file for file in dataset.info.notes["fragment_files"]}
+    assert list(files) == list(cell_difficulty()[0]["assays"])
+    for file in files.values():
+        assert file["matched"] == sum(CELLS.values())
+        assert file["unmatched"] == sum(CELLS.values()) // 10
+        assert 1 - file["counted"] / file["fragments"] == pytest.approx(cell_difficulty()[0]["ambient"], abs=0.012)
+    rates = _of_regions(cells, dataset.regions)
+    for track, name in enumerate(dataset.tracks.names):
+        mean, counts = rates[:, track].ravel(), dataset.raw_targets(np.arange(len(dataset)))[:, track].ravel()
+        inner = np.tile(np.arange(rates.shape[2]), len(rates)) > 20  # fragments are cut at the chromosome's ends
+        assert counts[inner].sum() == pytest.approx(mean[inner].sum(), rel=0.25 if name.startswith("nk") else 0.06), (
+            name
+        )
+        if name.endswith(("k27ac", "k4me3")) and not name.startswith("nk"):  # of others, neighbours hang together
+            spread = ((counts - mean)[inner] ** 2 / mean[inner]).mean()
+            assert spread == pytest.approx(1, abs=0.15), name
+    shallow = dataset.tracks.frame.set_index("name")["depth"]
+    assert shallow["nk_atac"] < 0.3 * shallow["bcell_atac"]
+
+
+def _of_regions(truth: Truth, regions: pd.DataFrame) -> np.ndarray:
+    """Expected counts ``(regions, tracks, bins)``."""
+    rates = truth.cell_rates()
+    values = {chrom: part[cell_tracks(TYPES)].to_numpy().T for chrom, part in rates.groupby("chrom")}
+    return np.stack([values[r.chrom][:, r.start // 16 : r.end // 16] for r in regions.itertuples()])
+
+
+def test_variants_act_in_cell_types(cells: Truth) -> None:
+    variants = cells.cell_variants()
+    tracks = variants[cell_tracks(TYPES)].to_numpy()
+    size = np.stack([np.abs(tracks[:, [n.startswith(t) for n in cell_tracks(TYPES)]]).max(1) for t in TYPES], axis=1)
+    np.testing.assert_allclose(variants["size"], size.max(1))
+    np.testing.assert_allclose(variants["runner_up"], np.sort(size, axis=1)[:, -2])
+    assert variants["cell_type"].tolist() == [TYPES[i] for i in size.argmax(1)]
+    causal = variants["kind"] == "causal"
+    assert (variants["size"][~causal] < 0.05).all()
+    motif = cells.variants().set_index("id").loc[variants["id"], "motif"].to_numpy()
+    activity = {m.name: np.abs(grammar().activities([m], TYPES)[0]) for m in grammar().role("regulator")}
+    own = [
+        (row.cell_type, TYPES[int(activity[name].argmax())])
+        for row, name in zip(variants.itertuples(), motif, strict=True)
+        if row.kind == "causal" and name in activity and np.sort(activity[name])[-2] < 0.25
+    ]
+    assert len(own) >= 3
+    assert all(found == true for found, true in own)
+
+
+@pytest.mark.parametrize("wrong", [{"stress": 3}, {"bcell": 0}])
+def test_bad_cells(wrong: dict[str, int]) -> None:
+    with pytest.raises(ConfigError, match="these cells cannot be simulated"):
+        Simulation(conditions=TYPES, cells=wrong)

@@ -196,6 +196,12 @@ def variants(
     genome: Annotated[
         Path | None, typer.Option(help="FASTA: score with a bundled model or model folder, by its masked likelihood.")
     ] = None,
+    plots: Annotated[
+        Path | None, typer.Option(help="New folder for figures of both alleles in every cell type.")
+    ] = None,
+    top: Annotated[int, typer.Option(help="Draw so many, those with the largest scores.")] = 10,
+    named: Annotated[list[str] | None, typer.Option(help="Draw the variant with this ID; may be repeated.")] = None,
+    figures: Annotated[str, typer.Option(help="Format of the figures: png or svg.")] = "png",
     settings: Settings = None,
 ) -> None:
     """Score what the alternative alleles of variants change in each track."""
@@ -204,14 +210,20 @@ def variants(
     from seqgraft.errors import ConfigError
     from seqgraft.run import score_model, score_run
     from seqgraft.variants import VariantConfig
+    from seqgraft.variants.panels import Panels
 
     numbers = re.fullmatch(r"([0-9]+)/([0-9]+)", shard)
     if numbers is None or not 1 <= int(numbers[1]) <= int(numbers[2]):
         raise ConfigError("this is no part of a file", shard, where="--shard", remedy="Write 1/16 to 16/16")
     parsed = _parsed(VariantConfig, config, settings)
     part = int(numbers[1]), int(numbers[2])
+    panels = None if plots is None else Panels(plots, top, tuple(named or ()), f".{figures}")
     if genome is None:
-        found = score_run(folder, source, out, parsed, resume=resume, shard=part, replicates=replicate or ())
+        found = score_run(
+            folder, source, out, parsed, resume=resume, shard=part, replicates=replicate or (), panels=panels
+        )
+    elif panels is not None:
+        raise ConfigError("only runs of tracks have figures of variants", str(plots), where="--plots")
     elif replicate:
         raise ConfigError("only runs have replicates", [str(path) for path in replicate], where="--replicate")
     else:
@@ -226,6 +238,8 @@ def variants(
     for reason, count in found.skipped.items():
         _say(f"{count} variants of the file were skipped: {reason}.")
     _say(f"The scores are in {found.files[0]}, the skipped variants in {found.files[-1]}.")
+    if plots is not None:
+        _say(f"The figures are in {plots}: {len(list(plots.iterdir()))}.")
 
 
 @app.command()
@@ -253,13 +267,13 @@ def effects(
     if found.agreement is not None:
         counts = found.agreement.counts
         _say(
-            f"Of {counts['measured']} measured variants {counts['matched']} are in a window, {counts['swapped']} of them "
-            f"with REF and ALT the other way round: {counts['pairs']} pairs of variant and gene."
+            f"Of {counts['measured']} measured variants {counts['matched']} are in a window, {counts['swapped']} with "
+            f"REF and ALT the other way round: {counts['pairs']} pairs of variant and gene."
         )
-        _say(found.agreement.table.round(3).to_string(index=False))
+        _print_agreement(found.agreement.table)
     if found.predixcan is not None:
         counts = found.predixcan
-        _say(f"PrediXcan's files have {counts['weights']} weights of {counts['genes']} genes, {counts['ids']} with an ID.")
+        _say(f"PrediXcan's files: {counts['genes']} genes, {counts['weights']} weights, {counts['ids']} with an ID.")
     if parsed.donors:
         _say("donors.parquet names donors: keep it where their data are.")
     _say(f"The tables are in {out}: {', '.join(path.name for path in found.files)}.")
@@ -500,6 +514,17 @@ def models(
     from seqgraft.card import facts_of, list_models, model_card
 
     _say(model_card(facts_of(name)).rstrip() if name else list_models())
+
+
+def _print_agreement(table: pd.DataFrame) -> None:
+    """A line for each score over genes of all folds."""
+    for (metric, variants), part in table[table["fold"] == "all"].groupby(["metric", "variants"], sort=False):
+        scores = [
+            f"{row['model']} {row['value']:.3f} ({row['low']:.3f} to {row['high']:.3f})"
+            for row in part.to_dict("records")
+        ]
+        pairs = f"{variants} {part['n'].iloc[0]} pairs of {part['genes'].iloc[0]} genes"
+        _say(f"{metric}, {pairs}: {'; '.join(scores)}")
 
 
 def _print_plan(found: Plan) -> None:

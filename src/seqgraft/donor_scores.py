@@ -5,6 +5,15 @@ that gives all donors of a gene one value tells nothing about them: its correlat
 are 95 % bootstrap intervals over genes, neighbours within 50 kb or two windows drawn together, because genes that share
 variants share their scores.
 
+Strata of donors are scored alike, where 10 donors of a gene are in them: ``pearson_unseen_alleles`` of those who carry
+an allele in the window that no training donor has, ``pearson_rare_alleles`` of those of the others who carry one that
+is rarer than 5 % among training donors, ``pearson_common_alleles`` of the rest; and ``pearson_population_NAME``. What a
+data set cannot tell stands there with the reason. ``unseen_alleles`` is the share of the variants in the window of
+which the fold's donors have an allele that no training donor has.
+
+``linearity`` and ``linearity_fitted`` say what share of the run's own predictions is linear in dosage
+(``seqgraft.linearity``).
+
 Linear models on dosage (``seqgraft.dosage``) are fitted to the training donors of every gene, genes for testing
 included: on these, networks that have never seen the gene stand beside models that were fitted to it, as the note says.
 """
@@ -24,6 +33,7 @@ from seqgraft.dosage import dosage_baselines, heritability
 from seqgraft.errors import ConfigError
 from seqgraft.evaluate import EvaluateConfig, Evaluation
 from seqgraft.intervals import Estimate, bootstrap_of_means, segment_blocks
+from seqgraft.linearity import fold_linearity, values_of
 from seqgraft.metrics import pearson_within
 from seqgraft.models.base import SequenceModel
 from seqgraft.models.weights import ModelConfig, build_pretrained
@@ -41,6 +51,9 @@ _METRICS = ("pearson_within_genes", "spearman_within_genes", "r2_within_genes")
 _IN_SAMPLE = "fitted to these donors"
 _FITTED = "fitted to other donors of these genes, which the network has never seen"
 _UNTUNED = "pretrained track"
+_RARE = 0.05  # frequency among training donors
+_FEWEST_DONORS = 10  # of a stratum, for a gene's correlation
+_DONORS = "these donors"  # the model's name for what is true whatever the model
 
 
 def evaluate_donors(
@@ -94,6 +107,9 @@ def evaluate_donors(
         for name in predictions:
             tables.append(_summary(dataset, here[here["model"] == name], name, fold, config, list(linear)))
         tables.append(_ceiling(dataset, here[here["model"] == label], fold, config))
+        tables.append(_strata(dataset, fold, predictions, config))
+        if config.linearity:
+            tables.append(_linearity(dataset, model, fold, label, config))
         differences += [_difference(dataset, here, label, name, fold, config) for name in predictions if name != label]
     genes["name"] = dataset.donors.genes["gene"].to_numpy(str)[genes["gene"]] if dataset.donors else ""
     return Evaluation(
@@ -259,6 +275,100 @@ def _ceiling(dataset: Dataset, genes: pd.DataFrame, fold: str, config: EvaluateC
     note = "square root of the heritability of training donors (REML)"
     bounds = (found.value[0], found.low[0], found.high[0])
     return pd.DataFrame([_row("ceiling of linear models", fold, "pearson_within_genes", bounds, len(genes), note)])
+
+
+def _linearity(dataset: Dataset, model: SequenceModel, fold: str, label: str, config: EvaluateConfig) -> pd.DataFrame:
+    """Means over genes of the shares of the model's variance across donors that are linear in dosage."""
+    genes = fold_linearity(dataset, fold, values_of(model, config.batch_size), config.linearity)
+    why = {
+        "linearity": "the model's predictions do not differ",
+        "linearity_fitted": "no gene has enough haplotypes for a regression",
+    }
+    return pd.DataFrame(
+        [_mean(dataset, genes["gene"], genes[metric], label, fold, metric, config, why[metric]) for metric in why]
+    )
+
+
+# ---- strata ----
+
+
+def _strata(dataset: Dataset, fold: str, predictions: Mapping[str, Floats], config: EvaluateConfig) -> pd.DataFrame:
+    """Correlations within genes among donors of one kind; a stratum that the data do not have is one row with why."""
+    donors, rows = dataset.donors, dataset.rows(fold)
+    assert donors is not None
+    alleles, unseen = _alleles(dataset, rows)
+    common = "all alleles are common among training donors" if not set(alleles) & {"rare", "unseen"} else ""
+    seen = "training donors have all alleles" if "unseen" not in alleles else ""
+    strata = {
+        f"pearson_{kind}_alleles": (alleles == kind, why)
+        for kind, why in (("unseen", seen), ("rare", common), ("common", common))
+    }
+    table = donors.donors
+    names = table["population"].to_numpy(str) if "population" in table else np.full(len(table), "")
+    known = np.unique(names)
+    for name in known if len(known) > 1 else ():
+        strata[f"pearson_population_{name}"] = (names[donors.donor[rows]] == name, "")
+    if len(known) == 1:
+        why = "there is one population" if known[0] else "the table of donors has no column population"
+        strata["pearson_population"] = (np.zeros(len(rows), dtype=np.bool_), why)
+    found = []
+    for metric, (among, why) in strata.items():
+        chosen = rows[among]
+        numbers, count = np.unique(donors.gene[chosen], return_counts=True)
+        chosen = chosen[np.isin(donors.gene[chosen], numbers[count >= _FEWEST_DONORS])]
+        if why or not len(chosen):
+            reason = f"cannot be tested on this set: {why or f'no gene has {_FEWEST_DONORS} such donors'}"
+            found.append(_row(_DONORS, fold, metric, (np.nan, np.nan, np.nan), 0, reason))
+            continue
+        truth, gene = dataset.raw_targets(chosen)[:, 0, 0], donors.gene[chosen]
+        for model, values in predictions.items():
+            scores = pd.Series(pearson_within(truth, values[chosen], gene))
+            found.append(_mean(dataset, pd.Series(np.unique(gene)), scores, model, fold, metric, config))
+    found.append(_mean(dataset, unseen["gene"], unseen["unseen"], _DONORS, fold, "unseen_alleles", config))
+    return pd.DataFrame(found)
+
+
+def _alleles(dataset: Dataset, rows: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.str_], pd.DataFrame]:
+    """Whether the rarest allele that each row's donor carries is unseen, rare or common among training donors.
+
+    And per gene the share of variants of which these donors have an allele, REF or ALT, that is unseen.
+    """
+    donors = dataset.donors
+    assert donors is not None
+    training = np.flatnonzero(donors.donors["fold"] == "train")
+    kinds, shares = np.full(len(rows), "common", dtype="U6"), []
+    for gene in np.unique(donors.gene[rows]):
+        at = np.flatnonzero(donors.gene[rows] == gene)
+        dosage = donors.dosage(int(gene))[0].astype(np.int64)
+        ploidy = donors.genotypes.ploidy_on(donors.genes["chrom"].iloc[gene]).astype(np.int64)
+        frequency = dosage[training].sum(0) / ploidy[training].sum()
+        here = donors.donor[rows[at]]
+        carried = np.stack([dosage[here] > 0, dosage[here] < ploidy[here, None]])
+        each = np.where(carried, np.stack([frequency, 1 - frequency])[:, None], 1.0)
+        rarest = each.min((0, 2), initial=1.0)
+        kinds[at] = np.where(rarest <= 0, "unseen", np.where(rarest < _RARE, "rare", "common"))
+        shares.append({"gene": gene, "unseen": (each.min((0, 1)) <= 0).mean() if len(frequency) else np.nan})
+    return kinds, pd.DataFrame(shares)
+
+
+def _mean(
+    dataset: Dataset,
+    genes: pd.Series[int],
+    values: pd.Series[float],
+    model: str,
+    fold: str,
+    metric: str,
+    config: EvaluateConfig,
+    why: str = "no gene has a value",
+) -> dict[str, Any]:
+    """A row with the mean over genes that have a value, and its interval."""
+    known = values.notna().to_numpy()
+    if not known.any():
+        return _row(model, fold, metric, (np.nan, np.nan, np.nan), 0, f"cannot be tested on this set: {why}")
+    blocks = _blocks(dataset, np.asarray(genes, dtype=np.int64)[known], config)
+    found = bootstrap_of_means(values.to_numpy(np.float64)[known][:, None], blocks, draws=config.draws)
+    left = f"{int((~known).sum())} genes without a value left out" if not known.all() else ""
+    return _row(model, fold, metric, (found.value[0], found.low[0], found.high[0]), int(known.sum()), left)
 
 
 def _difference(

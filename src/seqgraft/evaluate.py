@@ -36,19 +36,24 @@ from seqgraft.genes import (
 )
 from seqgraft.genome import match_chroms, read_gtf
 from seqgraft.intervals import Estimate, bootstrap_interval, paired_bootstrap, segment_blocks
-from seqgraft.metrics import METRICS, Moments, centre_tracks, region_means
+from seqgraft.metrics import METRICS, Moments, region_means
 from seqgraft.models.base import SequenceModel
 from seqgraft.models.weights import ModelConfig, build_pretrained
 from seqgraft.predict import FORWARD_ONLY, predict
-from seqgraft.scoring import METRICS_OF_LINK, Card, Scorecard, clean_fold
+from seqgraft.scoring import METRICS_OF_LINK, Card, Scorecard, card_rows, clean_fold
+from seqgraft.specificity import (
+    CEILING,
+    Ceilings,
+    across_cards,
+    confusion_table,
+    differential_bins,
+    recognised_rows,
+)
 from seqgraft.tracks import TrackTable, unsquash
 
 __all__ = ["EvaluateConfig", "Evaluation", "GenesConfig", "compare_runs", "evaluate_model", "fold_baselines"]
 
 Array = npt.NDArray[Any]
-
-#: With fewer blocks than this, a bootstrap interval is a rough one, and says so.
-FEW_BLOCKS = 10
 
 
 @dataclass(frozen=True)
@@ -80,6 +85,7 @@ class EvaluateConfig:
         draws: bootstrap draws.
         block: bp of neighbouring regions that are drawn together; None for 50 kb or two regions, whichever is more.
         genes: gene-level scores, if asked.
+        linearity: of how many genes it is asked whether a model of donors is linear in dosage; 0 for none.
         original: a prepared dataset with the tracks that the trunk was pretrained on: how much of them was forgotten.
         batch_size: regions per forward pass.
     """
@@ -91,6 +97,7 @@ class EvaluateConfig:
     draws: int = 1000
     block: int | None = None
     genes: GenesConfig | None = None
+    linearity: int = 20
     original: Path | None = None
     batch_size: int = 16
 
@@ -121,6 +128,7 @@ class Evaluation:
         genes: gene-level scores, or None.
         moments: statistics of the run per region without copies, for paired comparisons with other runs.
         examples: arrays of a few regions for figures.
+        confusion: which cell types are taken for which (``specificity.confusion_table``, and model, fold), or None.
     """
 
     metrics: pd.DataFrame
@@ -128,6 +136,7 @@ class Evaluation:
     genes: pd.DataFrame | None
     moments: Mapping[str, Array]
     examples: Mapping[str, Array]
+    confusion: pd.DataFrame | None = None
 
     def save(self, folder: Path) -> None:
         """Writes the tables; nothing is left half-written."""
@@ -136,6 +145,8 @@ class Evaluation:
             self.differences.to_parquet(building / "differences.parquet")
             if self.genes is not None:
                 self.genes.to_parquet(building / "genes.parquet")
+            if self.confusion is not None:
+                self.confusion.to_parquet(building / "confusion.parquet")
             np.savez(building / "moments.npz", **self.moments)  # type: ignore[arg-type]
             np.savez_compressed(building / "examples.npz", **self.examples)  # type: ignore[arg-type]
 
@@ -178,15 +189,16 @@ def evaluate_model(
     predictions: dict[str, Array] = {label: own, **baselines, **(extra or {})}
     whole = _Rows(fold, "", rows, truth, predictions, _blocks(dataset, rows, config))
     parts = _parts(whole, dataset)
-    tables, differences = zip(*(_score(part, dataset, config, label) for part in parts), strict=True)
+    tables, differences, confusion = zip(*(_score(part, dataset, config, label) for part in parts), strict=True)
     forgotten = _forgetting(model, dataset, config, start, label, fold)
-    clean = parts[0]
+    clean, clean_confusion = parts[0], pd.concat(confusion, ignore_index=True)
     return Evaluation(
         metrics=pd.concat([*tables, *forgotten], ignore_index=True),
         differences=pd.concat(differences, ignore_index=True),
         genes=_genes(dataset, rows, predictions, config, fold) if config.genes else None,
         moments=_moments(tracks, clean.truth, clean.predictions[label], clean.rows, clean.blocks),
         examples=_examples(dataset, rows, truth, predictions, label),
+        confusion=None if clean_confusion.empty else clean_confusion,
     )
 
 
@@ -220,9 +232,11 @@ def _parts(whole: _Rows, dataset: Dataset) -> list[_Rows]:
     return [clean, replace(whole, note=note)]
 
 
-def _score(part: _Rows, dataset: Dataset, config: EvaluateConfig, label: str) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """The scores of every model on these rows, and by how much the run differs from the others."""
-    tracks, rows, blocks = dataset.tracks, part.rows, part.blocks
+def _score(
+    part: _Rows, dataset: Dataset, config: EvaluateConfig, label: str
+) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
+    """The scores of every model on these rows, by how much the run differs from the others, and confusion."""
+    tracks, rows, blocks, confusion = dataset.tracks, part.rows, part.blocks, pd.DataFrame()
     unit = "label" if dataset.info.bins == 1 else "squashed"
     cards = {name: _cards(tracks, part.truth, values, rows) for name, values in part.predictions.items()}
     tables = [_table(name, part.fold, unit, found, blocks, config) for name, found in cards.items()]
@@ -233,8 +247,13 @@ def _score(part: _Rows, dataset: Dataset, config: EvaluateConfig, label: str) ->
                 tracks, raw_truth, unsquash(values.astype(np.float64), tracks, dataset.info.bin_size), rows, ["pearson"]
             )
             tables.append(_table(name, part.fold, "raw", raw, blocks, config))
-        for name, values in part.predictions.items():
-            tables += _across(name, part.fold, tracks, part.truth, values, rows, blocks, config)
+        differential = differential_bins(tracks, part.truth, dataset.info.bin_size)
+        ceilings = Ceilings.of(dataset, rows, differential)
+        for name in part.predictions:
+            tables += _across(name, part, dataset, config, ceilings, differential)
+        tables += [] if ceilings is None else ceilings.rows(part.fold, blocks, config.draws)
+        confusion = _confusion(part, dataset, ceilings)
+        tables += [] if confusion.empty else [recognised_rows(confusion, len(rows))]
     table = pd.concat(tables, ignore_index=True)
     if part.note:
         table["note"] = ["; ".join(filter(None, [part.note, note])) for note in table["note"]]
@@ -244,7 +263,7 @@ def _score(part: _Rows, dataset: Dataset, config: EvaluateConfig, label: str) ->
         for name, found in leading.items()
         if name != label
     ]
-    return table, pd.concat(differences, ignore_index=True) if differences else pd.DataFrame()
+    return table, pd.concat(differences, ignore_index=True) if differences else pd.DataFrame(), confusion
 
 
 def fold_baselines(
@@ -365,7 +384,7 @@ def _original(
         estimate = bootstrap_interval(card.statistics, "pearson", blocks, draws=config.draws)
     else:
         estimate = paired_bootstrap(card.statistics, other.statistics, "pearson", blocks, draws=config.draws)
-    return _rows(model, fold, "squashed", replace(card, metric=metric), estimate, blocks, note)
+    return card_rows(model, fold, "squashed", replace(card, metric=metric), estimate, blocks, note)
 
 
 # ---- tables ----
@@ -391,10 +410,10 @@ def _table(
         # rank metrics need all values for every draw: fewer draws, the same interval to two digits
         draws = config.draws if METRICS[card.metric].statistic != "values" else min(config.draws, 200)
         if METRICS[card.metric].statistic == "values" and unit != "label":
-            parts.append(_rows(model, fold, unit, card, _without_interval(card), blocks))
+            parts.append(card_rows(model, fold, unit, card, _without_interval(card), blocks))
         else:
             parts.append(
-                _rows(
+                card_rows(
                     model,
                     fold,
                     unit,
@@ -407,40 +426,39 @@ def _table(
 
 
 def _across(
-    model: str,
-    fold: str,
-    tracks: TrackTable,
-    truth: Array,
-    predicted: Array,
-    rows: npt.NDArray[np.int64],
-    blocks: Array,
-    config: EvaluateConfig,
-) -> list[pd.DataFrame]:
-    """Two more Pearsons of each track: of region means, across regions; and of what the track has of its own.
+    model: str, part: _Rows, dataset: Dataset, config: EvaluateConfig, ceilings: Ceilings | None,
+    differential: Mapping[str, Array],
+) -> list[pd.DataFrame]:  # fmt: skip
+    """More Pearsons of each track: of region means, across regions; of what it has of its own; and shares of ceilings.
 
-    The latter is what remains at every position after subtracting the mean over the tracks of one group and strand.
+    What a track has of its own is told in :mod:`seqgraft.specificity`.
     """
-    tables = []
-    strands = tracks.strands
-    links = tracks.frame["link"].tolist()
+    tracks, predicted = dataset.tracks, part.predictions[model]
+    cards, whole = [], []
     for group, index in tracks.groups.items():
-        if "pearson" not in METRICS_OF_LINK[links[index[0]]]:
+        if "pearson" not in METRICS_OF_LINK[tracks.links[index[0]]]:
             continue
-        known = np.isfinite(truth[:, index])
-        parts = {
-            "pearson_across_regions": (index, region_means(truth[:, index]), region_means(predicted[:, index], known))
-        }
-        alike = [[i for i in index if strands[i] == strand] for strand in "+-."]
-        if several := [some for some in alike if len(some) > 1]:
-            true, pred = (
-                np.concatenate([centre_tracks(v[:, some]) for some in several], 1) for v in (truth, predicted)
-            )
-            parts["pearson_across_tracks"] = ([i for some in several for i in some], true, pred)
-        for metric, (chosen, true, pred) in parts.items():
-            card = Card(group, metric, [tracks.names[i] for i in chosen], Moments.of(true, pred, None, rows))
-            estimate = bootstrap_interval(card.statistics, "pearson", blocks, draws=config.draws)
-            tables.append(_rows(model, fold, "squashed", card, estimate, blocks))
-    return tables
+        true, names = part.truth[:, index], [tracks.names[i] for i in index]
+        means = region_means(true), region_means(predicted[:, index], np.isfinite(true))
+        cards.append(Card(group, "pearson_across_regions", names, Moments.of(*means, None, part.rows)))
+        if ceilings is not None:
+            whole.append(Card(group, "pearson", names, Moments.of(true, predicted[:, index], None, part.rows)))
+    own = across_cards(tracks, part.truth, predicted, part.rows, differential)
+    tables = []
+    for card in [*cards, *own]:
+        estimate = bootstrap_interval(card.statistics, "pearson", part.blocks, draws=config.draws)
+        tables.append(card_rows(model, part.fold, "squashed", card, estimate, part.blocks))
+    shares = [] if ceilings is None else ceilings.shares(model, part.fold, [*whole, *own], part.blocks, config.draws)
+    return tables + shares
+
+
+def _confusion(part: _Rows, dataset: Dataset, ceilings: Ceilings | None) -> pd.DataFrame:
+    """Of every model, and of the halves of the cells, which cell types are taken for which; no rows without any."""
+    found = {name: confusion_table(dataset.tracks, part.truth, values) for name, values in part.predictions.items()}
+    if ceilings is not None:
+        found[CEILING] = ceilings.confusion
+    tables = [table.assign(fold=part.fold, model=name) for name, table in found.items() if not table.empty]
+    return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
 
 
 def _without_interval(card: Card) -> Estimate:
@@ -449,45 +467,6 @@ def _without_interval(card: Card) -> Estimate:
     defined = np.isfinite(values)
     mean = float(values[defined].mean()) if defined.any() else float("nan")
     return Estimate(values, nothing, nothing, mean, float("nan"), float("nan"), int((~defined).sum()))
-
-
-def _rows(
-    model: str, fold: str, unit: str, card: Card, estimate: Estimate, blocks: Array, note: str = ""
-) -> pd.DataFrame:
-    """A row per unit, then their mean with track ""; undefined values say why."""
-    shared = {"model": model, "fold": fold, "group": card.group, "metric": card.metric, "n": len(blocks), "unit": unit}
-    # "forgetting", "pearson_across_regions" and the like are Pearsons of something else
-    scores = card.statistics.scores(card.metric if card.metric in METRICS else "pearson")
-    rows = [
-        {
-            **shared,
-            "track": unit_name,
-            "value": value,
-            "low": low,
-            "high": high,
-            "note": note or score.reason,
-        }
-        for unit_name, value, low, high, score in zip(
-            card.units, estimate.value, estimate.low, estimate.high, scores, strict=True
-        )
-    ]
-    skipped = f"{estimate.undefined} of {len(card.units)} tracks undefined and left out" if estimate.undefined else ""
-    drawn = len(np.unique(blocks))
-    if drawn < FEW_BLOCKS and np.isfinite(estimate.mean_low):
-        skipped = "; ".join(filter(None, [skipped, f"rough interval, from {drawn} blocks of regions"]))
-    rows.append(
-        {
-            **shared,
-            "track": "",
-            "value": estimate.mean,
-            "low": estimate.mean_low,
-            "high": estimate.mean_high,
-            "note": note or skipped,
-        }
-    )
-    return pd.DataFrame(rows)[
-        ["model", "fold", "group", "track", "metric", "value", "low", "high", "n", "unit", "note"]
-    ]
 
 
 def _leading(cards: Sequence[Card]) -> list[Card]:

@@ -89,6 +89,10 @@ def test_exposure(experiment: Experiment, dataset: Dataset) -> Exposure:
         return without_counts("unknown: the model does not say which regions it was trained on")
     if dataset.genome is None:
         return without_counts("unknown: the sequences have no positions in a genome")
+    if dataset.donors is not None:  # of other folds donors are held out, and no trunk has seen them
+        fold = "unseen_genes"
+        if not (dataset.regions["fold"] == fold).any():
+            return without_counts("none: the genes are those of training, and what is held out are donors")
     rows = np.flatnonzero(dataset.regions["fold"] == fold)
     if not rows.size:
         return without_counts(f"unknown: no region is in the fold {fold!r}")
@@ -103,10 +107,12 @@ def test_exposure(experiment: Experiment, dataset: Dataset) -> Exposure:
         return without_counts(f"unknown: {error}", unknown)
     margin = -(-(dataset.info.window - dataset.info.bins * dataset.info.bin_size) // 2)
     windows = dataset.regions.iloc[rows][["chrom", "start", "end"]].copy()
+    if dataset.donors is not None:
+        windows = windows.drop_duplicates()
     windows["start"], windows["end"] = windows["start"] - margin, windows["end"] + margin
     counts = exposure(windows, regions)
-    share = counts["train"] / len(rows)
-    what = f"{share:.1%} of the {len(rows)} windows of fold {fold!r} overlap the trunk's training regions"
+    share = counts["train"] / len(windows)
+    what = f"{share:.1%} of the {len(windows)} windows of fold {fold!r} overlap the trunk's training regions"
     if seen.genome is None:
         what += f", assuming that the genome is {seen.assembly or 'the one that they refer to'}"
     problem = None

@@ -50,6 +50,8 @@ Ints = npt.NDArray[np.int64]
 
 # How the name of a pair's forward strand ends.
 FORWARD = tuple(forward for forward, _ in STRAND_ENDINGS)
+MARKERS = 50  # genes of each condition
+MARKER_MARGIN = 1.0  # log2 over the next condition
 
 
 @dataclass(frozen=True)
@@ -330,7 +332,10 @@ def gene_scores(
 
     Level "genes": Pearson, Spearman and R2 of log values across all genes, per signal. Level "genes_specific": Pearson
     per signal across expressed genes of what remains of the log values after quantile normalisation across the signals
-    of a group and subtraction of the gene's mean over the group; groups of one signal have none.
+    of a group and subtraction of the gene's mean over the group; groups of one signal have none. Level "genes_marker":
+    the same across the marker genes of the group's conditions alone: up to 50 of each condition, those whose observed
+    value, with the signals' median differences taken out, exceeds the next condition's most, and at least twofold. The
+    same data choose and score them.
 
     Returns:
         Columns level, metric, track, value, low, high (95 % bootstrap over genes), count (genes), reason.
@@ -345,6 +350,10 @@ def gene_scores(
         if len(names) > 1 and known.any():
             parts = _specific(true.loc[known, names]), _specific(pred.loc[known, names])
             tables.append(_scored("genes_specific", parts[0], parts[1], ("pearson",), draws, seed))
+            markers = _markers(true.loc[known, names], rows["condition"].tolist())
+            if len(markers) > 2:
+                chosen = parts[0].loc[markers], parts[1].loc[markers]
+                tables.append(_scored("genes_marker", *chosen, ("pearson",), draws, seed))
     return pd.concat(tables, ignore_index=True)
 
 
@@ -364,6 +373,25 @@ def _specific(values: pd.DataFrame) -> pd.DataFrame:
     ranks = values.rank(axis=0, method="average").to_numpy()
     normalised = np.interp(ranks, np.arange(1, len(common) + 1), common)
     return pd.DataFrame(normalised - normalised.mean(axis=1, keepdims=True), index=values.index, columns=values.columns)
+
+
+def _markers(logs: pd.DataFrame, conditions: Sequence[str]) -> list[str]:
+    """Genes that one condition has most of; none where the signals (columns) do not have several conditions.
+
+    Signals are first made level: the median over genes of a signal's difference from the gene's mean is taken out.
+    Quantile normalisation would not do, because it distorts the highest values.
+    """
+    names = [name for name in dict.fromkeys(conditions) if name]
+    if len(names) < 2:
+        return []
+    differences = logs.sub(logs.mean(axis=1), axis=0)
+    level = differences - differences.median()
+    each = pd.DataFrame({name: level.loc[:, [c == name for c in conditions]].mean(axis=1) for name in names})
+    ordered = np.sort(each.to_numpy(), axis=1)
+    margin = pd.Series(ordered[:, -1] - ordered[:, -2], index=each.index)
+    margin = margin[margin >= MARKER_MARGIN].sort_values(ascending=False)
+    chosen = margin.groupby(each.idxmax(axis=1)[margin.index], sort=False).head(MARKERS).index
+    return [gene for gene in logs.index if gene in chosen]
 
 
 def _scored(

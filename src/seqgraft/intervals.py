@@ -15,6 +15,7 @@ from seqgraft.metrics import Statistics
 __all__ = [
     "Estimate",
     "bootstrap_interval",
+    "bootstrap_of",
     "bootstrap_p",
     "combine_p",
     "estimate",
@@ -23,6 +24,7 @@ __all__ = [
     "holm",
     "mcnemar",
     "paired_bootstrap",
+    "reliability",
     "replicate_ceiling",
     "segment_blocks",
     "spearman_brown",
@@ -131,6 +133,17 @@ def paired_bootstrap(
         draws,
         seed,
     )
+
+
+def bootstrap_of(
+    compute: Callable[[Floats | None], Floats], blocks: Array, *, draws: int = 1000, seed: int = 0
+) -> Estimate:
+    """95 % interval of any numbers per track, from the draws of :func:`bootstrap_interval`.
+
+    Args:
+        compute: from weights of the regions ``(draws, regions)`` to ``(draws, tracks)``; None is the data as they are.
+    """
+    return _estimate(compute(None), compute, blocks, draws, seed)
 
 
 def bootstrap_of_means(
@@ -282,12 +295,18 @@ def spearman_brown(r: float, parts: tuple[float, float] = (1.0, 1.0)) -> float:
     unit of size, ``r^2 = (a s / (a s + 1)) (b s / (b s + 1))`` gives s, and the merged data have
     ``(a + b) s / ((a + b) s + 1)``.
     """
-    if r <= 0 or r >= 1:
-        return float(r) if r >= 1 or np.isnan(r) else 0.0
-    a, b = parts
-    square, linear, constant = a * b * (1 - r**2), -(r**2) * (a + b), -(r**2)
+    return float(reliability(np.asarray(r, np.float64), *(np.asarray(part, np.float64) for part in parts)))
+
+
+def reliability(r: Floats, a: Floats, b: Floats) -> Floats:
+    """:func:`spearman_brown` of arrays that broadcast; NaN where a part is empty."""
+    inside = (r > 0) & (r < 1) & (a > 0) & (b > 0)
+    r2, a, b = (np.where(inside, value, 0.5) for value in (np.square(r), a, b))
+    square, linear, constant = a * b * (1 - r2), -r2 * (a + b), -r2
     ratio = (-linear + (linear**2 - 4 * square * constant) ** 0.5) / (2 * square)
-    return float((a + b) * ratio / ((a + b) * ratio + 1))
+    whole = (a + b) * ratio / ((a + b) * ratio + 1)
+    outside = np.where((r >= 1) | np.isnan(r), r, 0.0)
+    return np.where(inside, whole, outside)
 
 
 def replicate_ceiling(r: float, parts: tuple[float, float] = (1.0, 1.0)) -> float:

@@ -249,17 +249,13 @@ def expected_marks(codes: Codes, conditions: Sequence[str]) -> Floats:
     weights = np.where(is_core[:, None], ac["core"], activities)
     log = _bells(sites, motifs, weights, shape, ac["width"])
     impulses = _impulses(sites.where(~is_core[sites.motif]), motifs, activities, shape)
-    rates = np.zeros(shape)
+    started = np.zeros(shape)
     for strand in (1, -1):
         cores = sites.where(is_core[sites.motif] & (sites.strand == strand))
         tss, level = _starts(cores, motifs, impulses if strand == 1 else impulses[..., ::-1], strand)
-        place = tss + me["downstream"]
-        inside = place < shape[2]
-        place = place if strand == 1 else shape[2] - 1 - place
-        np.add.at(rates.transpose(0, 2, 1), (cores.row[inside], place[inside]), level[inside])
-    bell = _bell(me["width"])
-    spread = np.apply_along_axis(np.convolve, 2, rates, bell)[..., len(bell) // 2 :][..., : shape[2]]
-    signal = [ac["background"] * np.exp(ac["gain"] * log), me["background"] + me["height"] * spread]
+        centre = tss + me["downstream"] if strand == 1 else shape[2] - 1 - tss - me["downstream"]
+        started += _spread(cores.row, centre, level, shape, me["width"])
+    signal = [ac["background"] * np.exp(ac["gain"] * log), me["background"] + me["height"] * started]
     return np.stack(signal, axis=2).reshape(shape[0], -1, shape[2]) / rules.resolution
 
 
@@ -340,28 +336,31 @@ def _impulses(sites: Sites, motifs: Sequence[Motif], activities: Floats, shape: 
     return np.stack(planes, axis=1)
 
 
-def _bell(width: float) -> Floats:
-    """Gaussian of standard deviation ``width`` and height 1, cut at three standard deviations."""
-    reach = int(3 * width)
-    bell: Floats = np.exp(-0.5 * (np.arange(-reach, reach + 1) / width) ** 2)
-    return bell
-
-
 def _bells(
     sites: Sites, motifs: Sequence[Motif], activities: Floats, shape: tuple[int, int, int], width: float
 ) -> Floats:
     """``(batch, conditions, length)``: the sum of the bells of all sites."""
-    bell = _bell(width)
-    reach = len(bell) // 2
+    heights = activities[sites.motif] * sites.occupancy[:, None]
+    return _spread(sites.row, _centres(sites, motifs), heights, shape, width)
+
+
+def _spread(row: Ints, centre: Ints, heights: Floats, shape: tuple[int, int, int], width: float) -> Floats:
+    """``(batch, conditions, length)``: the sum of Gaussian bells, cut at three standard deviations ``width``.
+
+    Their centres may lie outside of the window, and their heights are ``(sites, conditions)``.
+    """
+    reach = int(3 * width)
+    near = (centre >= -reach) & (centre < shape[2] + reach)
+    row, centre, heights = row[near], centre[near], heights[near]
     offsets = np.arange(-reach, reach + 1)
-    stride = shape[2] + 2 * reach
-    place = (sites.row * stride + _centres(sites, motifs) + reach)[:, None] + offsets
-    weights = activities[sites.motif].T * sites.occupancy
+    bell = np.exp(-0.5 * (offsets / width) ** 2)
+    stride = shape[2] + 4 * reach
+    place = (row * stride + centre + 2 * reach)[:, None] + offsets
     planes = [
         np.bincount(place.reshape(-1), (w[:, None] * bell).reshape(-1), minlength=shape[0] * stride).reshape(
             shape[0], stride
-        )[:, reach : reach + shape[2]]
-        for w in weights
+        )[:, 2 * reach : 2 * reach + shape[2]]
+        for w in heights.T
     ]
     return np.stack(planes, axis=1)
 

@@ -13,7 +13,7 @@ import math
 import re
 import textwrap
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +36,8 @@ __all__ = [
     "legend",
     "metric_dots",
     "model_dots",
+    "paired_scatter",
+    "short_name",
     "styled",
     "svg",
     "tracks_panel",
@@ -171,7 +173,7 @@ def metric_dots(frame: pd.DataFrame, *, title: str, xlabel: str, highlight: str)
     rows = ([""] if (frame["track"] == "").any() else []) + shown
     with styled():
         spread = min(0.12 * len(models), 0.62)
-        labels = [_short(track) if track else "mean over tracks" for track in rows]
+        labels = [short_name(track) if track else "mean over tracks" for track in rows]
         height = (0.14 + 0.1 * len(models)) * len(rows) + 0.2
         xlabel += f"\n{note}" if note else ""
         figure, axes, top = canvas(title, height, xlabel=xlabel, legend=models, left=_margin(labels))
@@ -198,7 +200,7 @@ def model_dots(frame: pd.DataFrame, *, title: str, xlabel: str, groups: Sequence
         groups: names of the groups, for the legend.
     """
     with styled():
-        labels = [_short(_words(str(model))) for model in frame["model"]]
+        labels = [short_name(_words(str(model))) for model in frame["model"]]
         figure, axes, top = canvas(title, 0.27 * len(frame) + 0.2, legend=groups, left=_margin(labels))
         indexed = frame.reset_index(drop=True)
         for number, group in enumerate(groups):
@@ -207,6 +209,36 @@ def model_dots(frame: pd.DataFrame, *, title: str, xlabel: str, groups: Sequence
         axes.set_yticks(range(len(indexed)), labels)
         _finish(axes, len(indexed), xlabel)
         legend(figure, axes, top)
+    return figure
+
+
+def paired_scatter(points: Mapping[str, Floats], *, title: str, xlabel: str, ylabel: str, diagonal: bool) -> Figure:
+    """Panels beside each other with the same axes: dots ``(dots, 2)`` of x and y, by the panel's name.
+
+    Args:
+        diagonal: with the line where both are equal, and the same range on both axes; else lines at zero.
+    """
+    with styled():
+        lines = textwrap.wrap(title, 78)
+        height = 2.5 + 0.2 * len(lines)
+        figure = Figure(figsize=(1.5 * WIDTH, height))
+        figure.text(0.02, 1 - 0.05 / height, "\n".join(lines), va="top", fontsize=10.5, fontweight="bold")
+        edges = {"left": 0.09, "right": 0.98, "top": 1 - (0.2 * len(lines) + 0.5) / height, "bottom": 0.5 / height}
+        panels = figure.add_gridspec(1, len(points), wspace=0.12, **edges).subplots(
+            sharex=True, sharey=True, squeeze=False
+        )
+        every = np.concatenate(list(points.values()))
+        ends = (float(np.nanmin(every)), float(np.nanmax(every)))
+        for number, (axes, (name, dots)) in enumerate(zip(panels[0], points.items(), strict=True)):
+            if diagonal:
+                axes.plot(ends, ends, color=GRID, linewidth=1, zorder=0)
+            else:
+                axes.axhline(0, color=GRID, linewidth=1, zorder=0)
+                axes.axvline(0, color=GRID, linewidth=1, zorder=0)
+            axes.plot(dots[:, 0], dots[:, 1], "o", markersize=2.5, alpha=0.6, color=COLOURS[number % len(COLOURS)])
+            axes.set_title(f"{name}\n{len(dots)} genes", fontsize=8)
+            axes.set_xlabel(xlabel)
+        panels[0, 0].set_ylabel(ylabel)
     return figure
 
 
@@ -232,7 +264,7 @@ def quality_dots(frame: pd.DataFrame) -> Figure:
         height = 0.2 * len(shown) + 1.4
         figure = Figure(figsize=(1.5 * WIDTH, height))
         figure.text(0.02, 1 - 0.05 / height, title, va="top", fontsize=10.5, fontweight="bold")
-        labels = [_short(str(track)) for track in shown["track"]]
+        labels = [short_name(str(track)) for track in shown["track"]]
         edges = {"left": _margin(labels) / 1.4, "right": 0.97, "top": 1 - 0.7 / height, "bottom": 0.5 / height}
         grid = figure.add_gridspec(1, len(panels), wspace=0.15, **edges)
         for column, (name, label) in enumerate(panels.items()):
@@ -330,7 +362,7 @@ def tracks_panel(examples: Examples, region: int, max_tracks: int = 6) -> Figure
                     baseline[track], edges, color=COLOURS[3], linewidth=1.1, linestyle=(0, (3, 2)), baseline=None,
                     label=named,
                 )  # fmt: skip
-            axes.set_title(_short(str(examples.tracks[track]), 60), fontsize=9, fontweight="normal", pad=2)
+            axes.set_title(short_name(str(examples.tracks[track]), 60), fontsize=9, fontweight="normal", pad=2)
             axes.yaxis.set_major_locator(MaxNLocator(2, min_n_ticks=2))
             axes.tick_params(labelbottom=track == count - 1)
             axes.set_xlim(edges[0], edges[-1])
@@ -453,5 +485,6 @@ def _words(name: str) -> str:
     return name.replace("_", " ")
 
 
-def _short(name: str, limit: int = 26) -> str:
+def short_name(name: str, limit: int = 26) -> str:
+    """A name without its middle, if it is too long for a figure."""
     return name if len(name) <= limit else f"{name[: limit // 2 - 1]}…{name[-(limit // 2) :]}"

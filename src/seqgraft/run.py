@@ -75,6 +75,7 @@ from seqgraft.tracks import TrackTable
 from seqgraft.train import FitResult, TrainConfig, fit
 from seqgraft.variants import Layout, ScreenConfig, VariantConfig
 from seqgraft.variants.calibrate import Calibrated, Calibration, calibrate
+from seqgraft.variants.panels import Panels, check_panels, draw_panels
 from seqgraft.variants.screen import Screened, screen
 from seqgraft.variants.table import Scored, score_vcf
 
@@ -431,6 +432,7 @@ def score_run(
     resume: bool = False,
     shard: tuple[int, int] = (1, 1),
     replicates: Sequence[Path] = (),
+    panels: Panels | None = None,
 ) -> Scored:
     """Scores the variants of a VCF with a finished run: what their alternative alleles change in each of its tracks.
 
@@ -446,6 +448,7 @@ def score_run(
         shard: ``(i, n)``: only the i-th of n stretches of the file.
         replicates: further runs of the same tracks, of other seeds or folds: the scores are the mean over all of them,
             and have no percentiles.
+        panels: draw some of the variants, once all are scored.
 
     Raises:
         ConfigError: the run's data have no genome or its model takes more than sequences; a wrong setting or suffix;
@@ -458,16 +461,22 @@ def score_run(
     config = config or VariantConfig()
     masked = isinstance(run.model, MaskedModel)
     config = config if masked else config.resolved(layout)
+    if panels is not None:
+        check_panels(panels, _layout(_with_tracks(run)), Path(out))
     identity = _identity(run, config)
     others = [open_run(other) for other in replicates]
     if others:
         _check_replicates(layout, others)
         identity["replicates"] = [_identity(other, config)["run"] for other in others]
     found = None if others or masked else Calibration.open(run.folder / "calibration", _key(identity, layout))
-    return score_vcf(
+    models = [run.model, *(other.model for other in others)]
+    done = score_vcf(
         run.model, layout, config, Path(vcf), Path(out),
-        identity=identity, resume=resume, shard=shard, calibration=found, replicates=[run.model for run in others],
+        identity=identity, resume=resume, shard=shard, calibration=found, replicates=models[1:],
     )  # fmt: skip
+    if panels is not None:
+        draw_panels(models, layout, config, Path(out), panels)
+    return done
 
 
 def _check_replicates(layout: Layout, others: Sequence[Run]) -> None:

@@ -8,14 +8,19 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pandas as pd
 
 from seqgraft.errors import ConfigError
+from seqgraft.intervals import Estimate
 from seqgraft.metrics import METRICS, Accumulator, Confusion, Moments, Score, Statistics, Values, mean_score
 from seqgraft.tracks import TrackTable
 
-__all__ = ["METRICS_OF_LINK", "Card", "Scorecard", "clean_fold", "default_metric", "whole_fold"]
+__all__ = ["METRICS_OF_LINK", "Card", "Scorecard", "card_rows", "clean_fold", "default_metric", "whole_fold"]
 
 _CLEAN = " without copies"
+
+#: With fewer blocks than this, a bootstrap interval is a rough one, and says so.
+FEW_BLOCKS = 10
 
 #: Link -> metrics that are reported, the leading one first: it also picks the best checkpoint.
 METRICS_OF_LINK: dict[str, tuple[str, ...]] = {
@@ -57,6 +62,45 @@ class Card:
 
     def scores(self) -> list[Score]:
         return self.statistics.scores(self.metric)
+
+
+def card_rows(
+    model: str, fold: str, unit: str, card: Card, estimate: Estimate, blocks: npt.NDArray[Any], note: str = ""
+) -> pd.DataFrame:
+    """A row per unit, then their mean with track ""; undefined values say why."""
+    shared = {"model": model, "fold": fold, "group": card.group, "metric": card.metric, "n": len(blocks), "unit": unit}
+    # "forgetting", "pearson_across_regions" and the like are Pearsons of something else
+    scores = card.statistics.scores(card.metric if card.metric in METRICS else "pearson")
+    rows = [
+        {
+            **shared,
+            "track": unit_name,
+            "value": value,
+            "low": low,
+            "high": high,
+            "note": note or score.reason,
+        }
+        for unit_name, value, low, high, score in zip(
+            card.units, estimate.value, estimate.low, estimate.high, scores, strict=True
+        )
+    ]
+    skipped = f"{estimate.undefined} of {len(card.units)} tracks undefined and left out" if estimate.undefined else ""
+    drawn = len(np.unique(blocks))
+    if drawn < FEW_BLOCKS and np.isfinite(estimate.mean_low):
+        skipped = "; ".join(filter(None, [skipped, f"rough interval, from {drawn} blocks of regions"]))
+    rows.append(
+        {
+            **shared,
+            "track": "",
+            "value": estimate.mean,
+            "low": estimate.mean_low,
+            "high": estimate.mean_high,
+            "note": note or skipped,
+        }
+    )
+    return pd.DataFrame(rows)[
+        ["model", "fold", "group", "track", "metric", "value", "low", "high", "n", "unit", "note"]
+    ]
 
 
 class Scorecard:

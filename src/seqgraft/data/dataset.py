@@ -8,6 +8,7 @@
       tracks.parquet     the track table
       targets.npy        float32 (regions, tracks, bins): raw sums per bin, before scale, clip and squash
       mask.npy           bool, the same shape, where labels are missing or masked
+      halves.npy         float32 (regions not for training, tracks, bins): what a random half of the cells adds to them
       codes.npy          uint8 (regions, window), and lengths.npy, for sequences without a genome
       covariates.parquet one row per region
 
@@ -106,6 +107,7 @@ class Dataset:
     lengths: npt.NDArray[np.int64] | None
     covariates: pd.DataFrame | None
     donors: Donors | None = None
+    halves: npt.NDArray[np.float32] | None = None
 
     def __len__(self) -> int:
         return len(self.regions)
@@ -146,6 +148,7 @@ class Dataset:
             tracks=tracks,
             targets=self.targets if whole else self.targets[:, index],
             mask=self.mask if whole or self.mask is None else self.mask[:, index],
+            halves=self.halves if whole or self.halves is None else self.halves[:, index],
         )
 
     @cached_property
@@ -227,6 +230,24 @@ class Dataset:
         """Targets as the model sees them ``(rows, tracks, bins)``; NaN where missing or masked."""
         raw = self.raw_targets(rows)
         return np.asarray(squash(raw, self.tracks, self.info.bin_size), dtype=np.float32) if len(self.tracks) else raw
+
+    def squashed_halves(
+        self, rows: npt.NDArray[np.int64]
+    ) -> tuple[tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]], npt.NDArray[np.float64]] | None:
+        """The signal of two random halves of the cells as a model would see each, and their depths in these rows.
+
+        Returns:
+            Both ``(rows, tracks, bins)``, NaN where missing, masked or not to be compared, and ``(2, tracks)``; None
+            where they were not kept: other data, or rows for training.
+        """
+        held_out = (self.regions["fold"] != "train").to_numpy()
+        if self.halves is None or not held_out[rows].all():
+            return None
+        first = np.asarray(self.halves[(np.cumsum(held_out) - 1)[rows]], dtype=np.float64)
+        second = self.raw_targets(rows) - first
+        first[np.isnan(second)] = np.nan
+        depths = np.stack([np.nansum(half, axis=(0, 2)) for half in (first, second)])
+        return (squash(first, self.tracks, self.info.bin_size), squash(second, self.tracks, self.info.bin_size)), depths
 
     def sample(
         self,
@@ -341,11 +362,15 @@ def _umask() -> int:
 def write_dataset(folder: Path, shape: tuple[int, int, int]) -> Iterator[DatasetWriter]:
     """Writes a prepared dataset of ``shape`` (regions, tracks, bins); nothing is left behind if it fails."""
     with new_folder(folder) as building:
-        targets = np.lib.format.open_memmap(building / "targets.npy", mode="w+", dtype=np.float32, shape=shape)
-        if hasattr(os, "posix_fallocate"):  # a sparse file on a full disk would kill the process at some later write
-            with (building / "targets.npy").open("r+b") as file:
-                os.posix_fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_size)
-        yield DatasetWriter(building, targets)
+        yield DatasetWriter(building, _new_array(building / "targets.npy", shape))
+
+
+def _new_array(path: Path, shape: tuple[int, int, int]) -> npt.NDArray[np.float32]:
+    array = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=shape)
+    if hasattr(os, "posix_fallocate"):  # a sparse file on a full disk would kill the process at some later write
+        with path.open("r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_size)
+    return array
 
 
 @dataclass(frozen=True)
@@ -354,6 +379,10 @@ class DatasetWriter:
 
     folder: Path
     targets: npt.NDArray[np.float32]
+
+    def new_halves(self, regions: int) -> npt.NDArray[np.float32]:
+        """To fill for the regions that are not for training, in their order: sums of a random half of the cells."""
+        return _new_array(self.folder / "halves.npy", (regions, *self.targets.shape[1:]))
 
     def finish(
         self,
@@ -408,7 +437,7 @@ def open_dataset(folder: Path | str) -> Dataset:
     info, content = _read_info(folder)
     problems = Problems(DataError)
     arrays: dict[str, Any] = {}
-    for name in ("targets", "mask", "codes", "lengths"):
+    for name in ("targets", "mask", "codes", "lengths", "halves"):
         path = folder / f"{name}.npy"
         if path.exists():
             try:
@@ -435,8 +464,9 @@ def open_dataset(folder: Path | str) -> Dataset:
             problems.add("the dataset lacks a table", path.name, where=folder, remedy="Prepare the dataset again")
     problems.raise_if_any()
     tracks = TrackTable.none() if tables["tracks"].empty else TrackTable.of(tables["tracks"])
-    expected = (len(tables["regions"]), len(tracks), info.bins)
-    for name in ("targets", "mask"):
+    whole = (len(tables["regions"]), len(tracks), info.bins)
+    held_out = (int((tables["regions"]["fold"] != "train").sum()), *whole[1:])
+    for name, expected in (("targets", whole), ("mask", whole), ("halves", held_out)):
         if name in arrays and arrays[name].shape != expected:
             problems.add(
                 f"{name}.npy has another shape than the tables say, {expected}",
@@ -462,6 +492,7 @@ def open_dataset(folder: Path | str) -> Dataset:
         lengths=arrays.get("lengths"),
         covariates=tables.get("covariates"),
         donors=_open_donors(folder, info, tables["regions"], genome) if info.kind == "personal" else None,
+        halves=arrays.get("halves"),
     )
 
 

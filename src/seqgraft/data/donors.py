@@ -114,19 +114,26 @@ class Donors:
         for gene in np.unique(of_gene):
             here = np.flatnonzero(of_gene == gene)
             wide = self._wide(int(gene), owners[sequences[here]])
-            first = wide.shape[1] // 2 - length // 2 + shifts[here]
-            out[here] = np.take_along_axis(wide, first[:, None] + np.arange(length), axis=1)
+            start = wide.shape[1] // 2 - length // 2
+            for shift in np.unique(shifts[here]):  # slices: an index of single bases would cost more than building them
+                some = shifts[here] == shift
+                out[here[some]] = wide[some, start + shift : start + shift + length]
         reverse = np.array([view.reverse for view in views], dtype=np.bool_)
         out[reverse] = reverse_complement(out[reverse])
         return out
 
+    @cached_property
+    def _starts(self) -> list[tuple[str, int]]:
+        """Contig and transcription start of each gene."""
+        return list(zip(self.genes["chrom"].tolist(), self.genes["tss"].tolist(), strict=True))
+
     def _wide(self, gene: int, owners: Numbers) -> Codes:
-        chrom, tss = self.genes["chrom"].iloc[gene], int(self.genes["tss"].iloc[gene])
+        chrom, tss = self._starts[gene]
         return self._built.codes(chrom, tss, self.window + 2 * MARGIN, owners)
 
     def dosage(self, gene: int) -> tuple[npt.NDArray[np.uint8], Numbers]:
         """Alternate alleles ``(donors, variants)`` of the variants in a gene's window; their rows in ``genotypes``."""
-        chrom, tss = self.genes["chrom"].iloc[gene], int(self.genes["tss"].iloc[gene])
+        chrom, tss = self._starts[gene]
         start = tss - self.window // 2
         return self.genotypes.dosage(Interval(chrom, start, start + self.window))
 

@@ -11,9 +11,10 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
+import numpy.typing as npt
 import pandas as pd
 
 from seqgraft.bigwig import Value, runs, write_bigwig
@@ -28,7 +29,7 @@ from seqgraft.data.binned import (
     place_regions,
     stretches,
 )
-from seqgraft.data.dataset import Dataset, open_dataset, write_dataset
+from seqgraft.data.dataset import Dataset, DatasetWriter, open_dataset, write_dataset
 from seqgraft.data.duplicates import DuplicatePolicy
 from seqgraft.data.folds import Folds
 from seqgraft.data.pseudobulk import Assay, Contigs, Layout, Tally, count_assay
@@ -39,7 +40,7 @@ from seqgraft.errors import ConfigError, DataError, Problems, RunError
 from seqgraft.progress import progress
 from seqgraft.tracks import TrackTable
 
-__all__ = ["FragmentSource", "prepare_fragments"]
+__all__ = ["FragmentSource", "depth_weights", "prepare_fragments"]
 
 WHERE = "fragments source"
 
@@ -60,6 +61,7 @@ class FragmentSource:
         merge: new group -> groups of the table that it is made of.
         drop: groups of the table to leave out.
         max_absent: largest share of the table's cells without a fragment in any file.
+        weights: ``depth``: a track counts in the loss by the root of its depth, not by its depth (``depth_weights``).
         gtf: genes, for enrichment at transcription starts in the QC table.
         write_bigwigs: folder for a bigWig of single bases of each track.
         stride, regions, exclude_chroms, rename, blacklist, unmappable, gaps, duplicates: as of coverage; ``rename`` is
@@ -76,6 +78,7 @@ class FragmentSource:
     merge: dict[str, tuple[str, ...]] = field(default_factory=dict)
     drop: tuple[str, ...] = ()
     max_absent: float = 0.1
+    weights: Literal["equal", "depth"] = "equal"
     gtf: Path | None = None
     write_bigwigs: Path | None = None
     stride: int | None = None
@@ -104,6 +107,8 @@ class FragmentSource:
         if not 0 <= self.max_absent <= 1:
             remedy = "Give a number from 0 to 1"
             problems.add("max_absent must be a share", self.max_absent, where=WHERE, remedy=remedy)
+        if self.weights not in ("equal", "depth"):
+            problems.add("weights are unknown", self.weights, where=WHERE, remedy="Choose from equal, depth")
         problems.raise_if_any()
 
 
@@ -135,9 +140,10 @@ def prepare_fragments(source: FragmentSource, folder: Path) -> Dataset:
     shape = (len(places.regions), len(tracks), bins)
     with ExitStack() as undone, write_dataset(folder, shape) as writer, Spill(writer.folder) as spill:
         tallies = _read(source, layout, cells, contigs, spill)
+        halves = _Halves.of(places, writer)
         qualities = new_qualities(layout, tracks, len(places.regions))
         for position, quality in enumerate(progress(qualities, "Counting bins")):
-            _bin_track(position, quality, source, places, spill, writer.targets)
+            _bin_track(position, quality, source, places, spill, writer.targets, halves)
             for chrom in used & sites.keys():
                 for half in (0, 1):
                     quality.add_marks(spill.pieces(chrom, 2 * position + half), sites[chrom])
@@ -210,10 +216,34 @@ def _read(source: FragmentSource, layout: Layout, cells: Cells | None, contigs: 
     return tallies
 
 
+@dataclass(frozen=True)
+class _Halves:
+    """The first halves of the regions that are not for training.
+
+    Attributes:
+        held_out: bool ``(regions,)``.
+        values: ``(held-out regions, tracks, bins)``.
+    """
+
+    held_out: npt.NDArray[np.bool_]
+    values: npt.NDArray[np.float32]
+
+    @classmethod
+    def of(cls, places: Places, writer: DatasetWriter) -> _Halves:
+        held_out = (places.regions["fold"] != "train").to_numpy()
+        empty = np.zeros((0, *writer.targets.shape[1:]), np.float32)  # which cannot be mapped
+        return cls(held_out, writer.new_halves(int(held_out.sum())) if held_out.any() else empty)
+
+    def add(self, row: npt.NDArray[np.int64], position: int, half: npt.NDArray[np.float64]) -> None:
+        """Signal ``(rows, bins)`` of one track."""
+        some = self.held_out[row]
+        self.values[(np.cumsum(self.held_out) - 1)[row[some]], position] = half[some]
+
+
 def _bin_track(
-    position: int, quality: Quality, source: FragmentSource, places: Places, spill: Spill, targets: Any
+    position: int, quality: Quality, source: FragmentSource, places: Places, spill: Spill, targets: Any, kept: _Halves
 ) -> None:
-    """Fills the targets of one track, and what is gathered of its two halves."""
+    """Fills the targets of one track, and what is gathered and kept of its two halves."""
     bins, length = source.target_length // source.bin_size, source.target_length
     for chrom, rows in places.regions.groupby("chrom", sort=False):
         for half in (0, 1):
@@ -236,6 +266,7 @@ def _bin_track(
                         targets[at, position] = limited_bins(signal, spans, source.bin_size)
                         usable[number] = False  # an artefact is in both halves
                 quality.add_bins(row, halves, usable, source.bin_size)
+                kept.add(row, position, np.where(usable, halves[0], np.nan))
 
 
 def _finished(source: FragmentSource, tracks: TrackTable, table: pd.DataFrame, bigwigs: list[Path]) -> TrackTable:
@@ -243,7 +274,25 @@ def _finished(source: FragmentSource, tracks: TrackTable, table: pd.DataFrame, b
     asked = [assay.name for assay in source.assays if assay.soft_clip == "suggested"]
     chosen = np.where(table["assay"].isin(asked), table["soft_clip"], tracks.column("soft_clip"))
     files = [str(path) for path in bigwigs] or [""] * len(tracks)
-    return tracks.replace(depth=table["depth"].to_numpy(), soft_clip=chosen, file=files)
+    tracks = tracks.replace(depth=table["depth"].to_numpy(), soft_clip=chosen, file=files)
+    return tracks.replace(loss_weight=depth_weights(tracks)) if source.weights == "depth" else tracks
+
+
+def depth_weights(tracks: TrackTable) -> npt.NDArray[np.float64]:
+    """Weights of the tracks in the loss ``(tracks,)``: ``sqrt(m / d)``, limited to 0.1 to 10.
+
+    ``d`` is a track's depth, of a strand pair the mean of both, and ``m`` the median of ``d`` in its group.
+    Likelihoods of counts grow with depth, so that the deepest groups of cells decide what a shared trunk learns; this
+    is halfway, on a logarithmic scale, from there to the same say for all. A track without counts has weight 1.
+    """
+    depth = tracks.column("depth")
+    depth = (depth + depth[tracks.permutation]) / 2
+    weights = np.ones(len(tracks))
+    for index in tracks.groups.values():
+        own = depth[index]
+        median = np.median(own[own > 0]) if (own > 0).any() else 1.0
+        weights[index] = np.where(own > 0, np.sqrt(median / np.where(own > 0, own, 1.0)), 1.0)
+    return np.clip(weights, 0.1, 10.0)
 
 
 def _notes(

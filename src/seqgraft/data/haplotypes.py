@@ -84,38 +84,19 @@ class Haplotypes:
         index[pairs[:, 0], pairs[:, 1]] = found
         return codes, index
 
-    def single(self, chrom: str, anchor: int, length: int, rows: Numbers) -> Codes:
-        """The reference around an anchor with one variant alone, ``(rows, length)``: one window for each of some rows.
-
-        Variants out of the window's reach leave it as it is. Errors as :meth:`codes`, but for slots.
-        """
-        near, window = self._window(chrom, anchor, length)
-        alleles = np.asarray(rows)[:, None] == np.arange(near.start, near.stop)
-        distinct, index = window.build(alleles)
-        return distinct[index]
-
     def _distinct(self, chrom: str, anchor: int, length: int, pairs: Numbers) -> tuple[Codes, npt.NDArray[np.intp]]:
         """The distinct windows of some haplotypes, and which one each is."""
-        if self.genotypes.encoding == "dosage":
-            self._check(chrom, anchor)
-            index = length // 2 if self.align == "centre" else 0
-            return self._dosage(Interval(chrom, anchor - index, anchor - index + length), pairs[:, 0])
-        rows, window = self._window(chrom, anchor, length)
-        return window.build(self.genotypes.carried(rows, pairs))
-
-    def _check(self, chrom: str, anchor: int) -> None:
         if not 0 <= anchor < self.genome.chroms[chrom]:
             remedy = f"{chrom} has {self.genome.chroms[chrom]} bp; is the table of genes of the same assembly?"
             raise DataError("the anchor lies beyond its contig", anchor, where=chrom, remedy=remedy)
-
-    def _window(self, chrom: str, anchor: int, length: int) -> tuple[slice, _Window]:
-        """Rows that may change a window, and the window without them."""
-        self._check(chrom, anchor)
         index = length // 2 if self.align == "centre" else 0
+        if self.genotypes.encoding == "dosage":
+            return self._dosage(Interval(chrom, anchor - index, anchor - index + length), pairs[:, 0])
         rows, reach = self._reach(chrom, anchor, index, length)
+        alleles = self.genotypes.carried(rows, pairs)
         cores, reference = self._cores.rows(rows), self.genome.codes(reach)
-        alt_codes = self.genotypes.alt_codes
-        return rows, _Window(anchor, index, length, self.align, cores, reference, reach.start, alt_codes)
+        window = _Window(anchor, index, length, self.align, cores, reference, reach.start, self.genotypes.alt_codes)
+        return window.build(alleles)
 
     @cached_property
     def _cores(self) -> _Cores:

@@ -189,6 +189,11 @@ def prepare_personal(source: PersonalSource, folder: Path) -> Dataset:
     expression, kept = correct(source.expression, expression, fitted, table, genotypes)
     notes["genes_left_out_as_zero_constant_or_unknown"] = int((~kept).sum())
     genes, expression = genes[kept].reset_index(drop=True), expression[kept]
+    if genes.empty:
+        remedy = "Look at the values, at expression.zeros, and at how many donors are for training"
+        raise DataError(
+            "no gene is left: all are zero, constant or unknown", where=source.expression.file, remedy=remedy
+        )
     genes, expression = _select(source, genes, expression, training, genotypes, notes)
     genes["fold"] = "train"
     if source.gene_folds is not None:

@@ -58,11 +58,12 @@ class RunFiles:
     scores: Scores | None
     differences: pd.DataFrame | None
     genes: pd.DataFrame | None
+    confusion: pd.DataFrame | None
     examples: Examples | None
     missing: tuple[str, ...]
 
     def part(self, name: str) -> Mapping[str, Any]:
-        """A section of ``environment.json``: "dataset", "model", "tokens", "exposure", "counts", "result", "versions"."""
+        """A section of ``environment.json``: "dataset", "model", "tokens", "exposure", "counts", "versions", ..."""
         found = self.environment.get(name)
         return found if isinstance(found, dict) else {}
 
@@ -204,6 +205,7 @@ def read_run(folder: Path) -> RunFiles:
         scores=scores,
         differences=read("evaluation/differences.parquet", pd.read_parquet),
         genes=read("evaluation/genes.parquet", pd.read_parquet),
+        confusion=read("evaluation/confusion.parquet", pd.read_parquet),
         examples=read("evaluation/examples.npz", Examples.load),
         missing=tuple(missing),
     )
@@ -223,6 +225,14 @@ def _read_log(path: Path) -> pd.DataFrame:
     return log
 
 
+#: Folds of donors and genes, as the end of a sentence.
+DONOR_PLACES = {
+    "test": " in held-out donors, for genes of training",
+    "unseen_genes": " for genes that were never trained on",
+    "unseen_both": " in held-out donors, for genes that were never trained on",
+}
+
+
 def held_out(run: RunFiles, fold: str) -> str:
     """Where the scores come from: " on held-out chrXIV and chrXVI", with the chromosomes if they are few and known.
 
@@ -238,6 +248,8 @@ def held_out(run: RunFiles, fold: str) -> str:
 def _place(run: RunFiles, fold: str) -> str:
     chroms = run.part("dataset").get("chroms")
     named = chroms.get(fold, []) if isinstance(chroms, dict) else []
+    if run.part("dataset").get("kind") == "personal":
+        return DONOR_PLACES.get(fold, f" in the fold {fold}")
     if fold == "test" and run.part("exposure").get("problem"):  # held out from the run, and not from its trunk
         return f" on {join(named)}" if 0 < len(named) <= 4 else " on test regions"
     if 0 < len(named) <= 4:

@@ -22,6 +22,12 @@ CEILINGS = ("oracle", "ceiling", "replicate")
 _NAMES = {
     "pearson": "Pearson", "spearman": "Spearman", "r2": "R²", "mse": "MSE", "auroc": "AUROC", "auprc": "AUPRC",
     "mcc": "MCC", "f1": "F1", "class_mcc": "MCC of classes", "class_f1": "F1 of classes",
+    "pearson_of_ceiling": "Pearson", "pearson_across_tracks_of_ceiling": "Pearson of what a track has of its own",
+    "pearson_within_genes": "Pearson within genes", "spearman_within_genes": "Spearman within genes",
+    "r2_within_genes": "R² within genes", "haplotype_effect": "Pearson of haplotypes' effects across genes",
+    "pearson_across_tracks": "Pearson of what a track has of its own",
+    "pearson_across_tracks_differential": "the same where cell types differ most",
+    "pearson_across_tracks_differential_of_ceiling": "the same where cell types differ most",
 }  # fmt: skip
 _LOWER = ("mse", "mae", "loss", "error", "bits_per_base", "cross_entropy", "perplexity")  # ends of metrics' names
 _UNITS = {"squashed": "squashed scale", "raw": "raw signal", "label": ""}

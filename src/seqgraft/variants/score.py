@@ -7,7 +7,7 @@ for the rounding of sums, which differs between batches.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol
 
@@ -223,6 +223,17 @@ class VariantScorer:
         padded = sum(job.site.start < 0 or job.site.start + window > lengths[job.variant.chrom] for job in jobs)
         number = np.array([number for number, _, _ in sites], dtype=np.int64)
         return Scores(number, [site.names for _, _, site in sites], values, padded)
+
+    def profiles(self, variant: Variant) -> Iterator[tuple[Site, npt.NDArray[np.float64], npt.NDArray[np.float64]]]:
+        """What its scores are made of: each site with the raw values ``(tracks, bins)`` of reference and alternate.
+
+        Raises:
+            ModelError: predictions that are not finite.
+        """
+        for site in self.sites(variant):
+            pairs = self._predict([_Job(0, variant, site)])
+            ref, alt = (torch.cat(parts).mean(0).cpu().numpy() for parts in zip(*pairs, strict=True))
+            yield site, ref, alt
 
     def _score(self, jobs: Sequence[_Job]) -> npt.NDArray[np.float32]:
         """``(jobs, scorers, columns)``; jobs of one width of bins at a time."""

@@ -8,7 +8,8 @@
       joined            the output while it is put together
 
 The table has one row per variant, scorer and, where it is read over genes or regions, each of them: chrom, position,
-ref, alt, id, scorer, the further columns, then one column per track. The VCF is the one that was read, with one more
+ref, alt, id, scorer, the further columns, then one column per track, and for each group of tracks with several
+conditions which of these the variant affects most (``Mark``). The VCF is the one that was read, with one more
 INFO field per scorer: for each ALT the values of all tracks, joined by ``|`` ("." for an ALT that was skipped); over
 genes or regions ``NAME:values`` joined by ``&``.
 """
@@ -40,6 +41,7 @@ from seqgraft.models.masked import MaskedModel
 from seqgraft.progress import progress
 from seqgraft.variants.alleles import AlleleCheck, Checked, check_vcf
 from seqgraft.variants.likelihood import LikelihoodScorer
+from seqgraft.variants.marks import Mark, marks_of
 from seqgraft.variants.place import Layout
 from seqgraft.variants.score import Scores, VariantConfig, VariantScorer
 
@@ -51,6 +53,7 @@ LARGEST_CHUNK = 1024  # variants per part, fewer where the windows are long
 _SUFFIXES = (".parquet", ".vcf.gz")
 _COLUMNS = ("chrom", "position", "ref", "alt", "id", "scorer")
 _PLACES = ("row", "allele")  # of the record in the file; in the parts only
+_AFFECTED = ("_most_affected", "_margin")  # ends of the INFO fields and columns of marks
 
 
 def check_output(out: Path) -> None:
@@ -79,6 +82,7 @@ class Table:
         columns: further columns, such as "gene".
         tracks: names, one column each.
         calibrated: each has another column, ``NAME_percentile``.
+        marks: groups of tracks of several conditions, with two columns each.
 
     Raises:
         ConfigError: a track has the name of another column.
@@ -88,9 +92,11 @@ class Table:
     columns: tuple[str, ...]
     tracks: tuple[str, ...]
     calibrated: bool = False
+    marks: tuple[Mark, ...] = ()
 
     def __post_init__(self) -> None:
         others = {*_COLUMNS, *_PLACES, *self.columns, *self.percentiles}
+        others |= {column for mark in self.marks for column in mark.columns}
         taken = {name for name in self.tracks if name in others or self.tracks.count(name) > 1}
         if taken:
             remedy = "Rename it in the track table and prepare the data again"
@@ -104,7 +110,8 @@ class Table:
     @property
     def infos(self) -> tuple[str, ...]:
         """INFO fields of a VCF."""
-        return (*self.scorers, *(f"{scorer}_percentile" for scorer in self.scorers if self.calibrated))
+        endings = ("", *(["_percentile"] if self.calibrated else []), *(_AFFECTED if self.marks else ()))
+        return tuple(f"{scorer}{ending}" for ending in endings for scorer in self.scorers)
 
     @property
     def schema(self) -> pa.Schema:
@@ -112,7 +119,9 @@ class Table:
         types = dict.fromkeys(_PLACES, pa.int64()) | {"position": pa.int64()}
         names = (*_PLACES, *_COLUMNS, *self.columns)
         fields = [(name, types.get(name, pa.string())) for name in names]
-        return pa.schema([*fields, *((track, pa.float32()) for track in (*self.tracks, *self.percentiles))])
+        fields += [(track, pa.float32()) for track in (*self.tracks, *self.percentiles)]
+        kinds = (pa.string(), pa.float32())
+        return pa.schema([*fields, *(pair for mark in self.marks for pair in zip(mark.columns, kinds, strict=True))])
 
     def rows(
         self, variants: Sequence[Checked], scores: Scores, percentiles: npt.NDArray[np.float32] | None = None
@@ -134,6 +143,7 @@ class Table:
             *([names[i] for names in scores.names for _ in range(count)] for i in range(len(self.columns))),
             *np.ascontiguousarray(values.T),
             *(() if percentiles is None else np.ascontiguousarray(percentiles.reshape(values.shape).T)),
+            *(column for mark in self.marks for column in mark.most_affected(values)),
         ]
         schema = self.schema
         return pa.table([pa.array(a, type=f.type) for a, f in zip(arrays, schema, strict=True)], schema=schema)
@@ -276,8 +286,11 @@ class Parts:
             f", as {'/'.join(self.table.columns)}:values joined by &" if self.table.columns else ""
         )
         for info in self.table.infos:
-            yield f'##INFO=<ID={info},Number=A,Type=String,Description="seqgraft {info}: for each ALT {form}">'
+            of = form.replace("tracks", "groups of tracks", 1) if info.endswith(_AFFECTED) else form
+            yield f'##INFO=<ID={info},Number=A,Type=String,Description="seqgraft {info}: for each ALT {of}">'
         yield f"##seqgraft_tracks={'|'.join(self.table.tracks)}"
+        if self.table.marks:
+            yield f"##seqgraft_groups={'|'.join(mark.group for mark in self.table.marks)}"
         yield from (f"##seqgraft_{name}={value}" for name, value in notes.items())
 
     def _of_records(self, count: int) -> Iterator[tuple[int, dict[str, dict[int, str]]]]:
@@ -286,17 +299,14 @@ class Parts:
         def lines() -> Iterator[tuple[int, int, str, str]]:
             for number in range(count):
                 rows = pq.read_table(self._part(number))
-                parts = [self.table.tracks, *([self.table.percentiles] if self.table.calibrated else [])]
-                texts = [
-                    np.char.mod("%.6g", np.stack([rows[name].to_numpy() for name in part], axis=1)) for part in parts
-                ]
+                texts = self._texts(rows)
                 names = [rows[column].to_pylist() for column in self.table.columns]
                 columns = [rows[name].to_pylist() for name in (*_PLACES, "scorer")]
                 for i, (row, allele, scorer) in enumerate(zip(*columns, strict=True)):
-                    own = "/".join(re.sub(r"[\s,;=&:|]", "_", of[i]) for of in names)
-                    for info, part in zip((scorer, f"{scorer}_percentile"), texts, strict=False):
-                        entry = "|".join("." if text == "nan" else text for text in part[i].tolist())
-                        yield row, allele, info, f"{own}:{entry}" if own else entry
+                    own = "/".join(_plain(of[i]) for of in names)
+                    for ending, part in texts.items():
+                        entry = "|".join("." if text in ("nan", "") else text for text in part[i])
+                        yield row, allele, f"{scorer}{ending}", f"{own}:{entry}" if own else entry
 
         for row, group in groupby(lines(), key=lambda line: line[0]):
             found: dict[str, dict[int, str]] = {}
@@ -305,12 +315,31 @@ class Parts:
                 of[allele] = f"{of[allele]}&{entry}" if allele in of else entry
             yield row, found
 
+    def _texts(self, rows: pa.Table) -> dict[str, list[list[str]]]:
+        """What the INFO fields of each row say, by the end of their names."""
+        table = self.table
+        parts = {"": table.tracks, "_percentile": table.percentiles, "_margin": [m.columns[1] for m in table.marks]}
+        texts = {
+            ending: np.char.mod("%.6g", np.stack([rows[name].to_numpy() for name in part], axis=1)).tolist()
+            for ending, part in parts.items()
+            if part
+        }
+        if table.marks:
+            affected = [map(_plain, rows[mark.columns[0]].to_pylist()) for mark in table.marks]
+            texts["_most_affected"] = [list(names) for names in zip(*affected, strict=True)]
+        return texts
+
     def _with_info(self, line: str, values: Mapping[str, Mapping[int, str]]) -> str:
         fields = line.split("\t")
         alleles = range(1, fields[4].count(",") + 2)
         added = [f"{s}={','.join(values[s].get(a, '.') for a in alleles)}" for s in self.table.infos if s in values]
         fields[7] = ";".join([*([fields[7]] if fields[7] != "." else []), *added])
         return "\t".join(fields)
+
+
+def _plain(name: str) -> str:
+    """A name without what means something else in an INFO field."""
+    return re.sub(r"[\s,;=&:|]", "_", name)
 
 
 @dataclass(frozen=True)
@@ -389,13 +418,16 @@ def score_vcf(
     scorer = scorers[0]
     config, labels = scorer.config, scorer.labels
     over = () if config.over is None else config.over.columns
-    table = Table(labels, tuple(over), scorer.columns, calibration is not None)
+    marks = () if isinstance(scorer, LikelihoodScorer) else marks_of(layout.tracks, scorer.config.merge_strands)
+    table = Table(labels, tuple(over), scorer.columns, calibration is not None, marks)
     chunk = chunk or min(LARGEST_CHUNK, max(64, (1 << 25) // layout.window))
     about = {"format": "seqgraft-variants", "format_version": FORMAT_VERSION, "chunk": chunk, "shard": list(shard)}
     notes = {"run": str(identity.get("run", "")), "genome": layout.genome.hash}
     if calibration is not None:
         notes["calibration"] = calibration.identity
         about["calibration"] = calibration.identity
+    if marks:
+        about["marks"] = [mark.group for mark in marks]
     manifest = about | dict(identity) | {"VCF": _hash(vcf), "genome": layout.genome.hash}
     if out.name.lower().endswith(".vcf.gz"):
         _check_header(vcf, table.infos)
