@@ -235,14 +235,14 @@ def recovered(run: Path, truth: Truth) -> dict[str, float]:
 
 
 def test_a_probe_recovers_additive_truth(truth: Truth, tmp_path: Path) -> None:
-    """Twice three dozen genes and forty donors; the trunk's own tracks tell far less."""
+    """Three dozen genes and forty donors, in seconds; the trunk knows the sites already, its own tracks tell less."""
     dataset = prepare(truth, tmp_path)
-    run = train(dataset, tmp_path / "run", "all_pairs", PROBE, lr=3e-3, epochs=6, cache="float32")
+    run = train(dataset, tmp_path / "run", "pairs", PROBE, lr=3e-3, epochs=6, cache="float32")
     for population, share in recovered(run, truth).items():
         assert share >= 0.7, population
     metrics = evaluate_run(run).metrics.set_index(["model", "metric"])["value"]
     ours, untuned = (metrics[name, "pearson_within_genes"] for name in ("linear probe", "pretrained track"))
-    assert ours > untuned + 0.1
+    assert ours > untuned + 0.05
     assert metrics["linear probe", "pearson_population_south"] > 0.4
     assert metrics["linear probe", "linearity"] > 0.9
 

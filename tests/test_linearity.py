@@ -1,4 +1,4 @@
-"""The share of a model's predictions that is linear in dosage: functions with a known one, the oracle, networks."""
+"""The share of a model's predictions that is linear in dosage: functions with a known one, the oracle, a network."""
 
 from __future__ import annotations
 
@@ -17,9 +17,8 @@ from seqgraft.data.donors import Donors
 from seqgraft.data.simulate import Simulation, simulate
 from seqgraft.linearity import GeneLinearity, Values, fold_linearity, gene_linearity, values_of
 from seqgraft.models.weights import ModelConfig, build_model
-from seqgraft.run import open_run
 from seqgraft.sequence import ONE_HOT, Codes
-from test_cohort import LARGE, LORA, WINDOW, prepare, train
+from test_cohort import WINDOW, prepare
 from test_personal import DONORS, source_of, write_cohort
 
 Floats = npt.NDArray[np.float64]
@@ -134,20 +133,3 @@ def test_some_genes_of_a_fold(simulated: Dataset) -> None:
     assert table["gene"].iloc[[0, -1]].tolist() == [0, len(simulated.donors.genes) - 1]
     assert (table["haplotypes"] > 5).all()
     assert simulated.info.window == WINDOW
-
-
-@pytest.mark.slow
-def test_networks_trained_on_additive_and_on_interacting_truth(tmp_path: Path) -> None:
-    """The one is linear in dosage; the other has learned what no sum says."""
-    found = {}
-    for truth in ("additive", "interacting"):
-        folder = tmp_path / truth
-        folder.mkdir()
-        donors = Cohort(200, truth=truth)  # type: ignore[arg-type]
-        simulation = Simulation(**{**LARGE.__dict__, "chromosomes": 1, "chromosome_length": 32_000, "donors": donors})
-        dataset = prepare(simulate(simulation, folder / "sim"), folder)
-        run = train(dataset, folder / "run", "pairs", LORA, lr=3e-3, epochs=12)
-        shares = fold_linearity(dataset, "test", values_of(open_run(run).model), 1000)
-        found[truth] = float(shares["linearity"].mean())
-    assert found["additive"] > 0.9
-    assert found["interacting"] < found["additive"] - 0.2

@@ -133,7 +133,8 @@ def test_figures_of_the_top_and_of_named_variants(
 
     monkeypatch.setattr(drawing, "variant_panel", kept)
     command = ["variants", str(run / "run"), str(run / "in.vcf"), str(tmp_path / "a.parquet"), "--plots"]
-    command += [str(tmp_path / "top"), "--top", "2", "--figures", "svg", "--set", "over.kind=centre", "--set", "over.width=48"]
+    command += [str(tmp_path / "top"), "--top", "2", "--figures", "svg"]
+    command += ["--set", "over.kind=centre", "--set", "over.width=48"]
     result = CliRunner().invoke(app, command, catch_exceptions=False)
     assert f"The figures are in {tmp_path / 'top'}: 2." in result.output
     first = table[table["scorer"] == "log2_fold_change"]

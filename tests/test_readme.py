@@ -126,7 +126,7 @@ def test_the_tree_of_the_design_is_the_package() -> None:
     tree = DESIGN.partition("## 3. Tree")[2].partition("*Planned* files")[0]
     named = set(re.findall(r"\b(\w+\.(?:py|json|html|css|js))\b", tree))
     names = {path.name for path in SOURCE.rglob("*") if path.suffix in (".py", ".html", ".css", ".js")}
-    names |= {"simulation.json", "simulated_cells.json"}
+    names |= {path.name for path in (SOURCE / "data").glob("*.json")}
     names.discard("__init__.py")
     assert named == names
 

@@ -82,7 +82,12 @@ def test_designs_of_a_block_stay_together(tmp_path: Path, monkeypatch: pytest.Mo
             changed = native.copy()
             changed[20 * design : 20 * design + 15] = draw.choice(BASES, 15)
             rows.append(
-                {"design": f"{block}.{design}", "block": block, "variable": "".join(changed), "expression": 2.0}
+                {
+                    "design": f"{block}.{design}",
+                    "block": block,
+                    "variable": "".join(changed),
+                    "expression": 2.0 + design,
+                }
             )
     table = pd.DataFrame(rows)
     table.to_csv(tmp_path / "reporter.csv", index=False)
@@ -103,7 +108,7 @@ def test_designs_of_a_block_stay_together(tmp_path: Path, monkeypatch: pytest.Mo
 def simulated(folder: Path, seed: int, motif: str = "TGACTCA") -> str:
     """150 sequences of 60 bp, half of them with a motif; returns a chromosome in which some of the test ones stand."""
     draw = np.random.default_rng(seed)
-    rows = []
+    rows: list[dict[str, Any]] = []
     for number in range(150):
         letters = draw.choice(BASES, 60)
         if number % 2:

@@ -24,6 +24,10 @@ EXAMPLE = ROOT / "examples" / "single_cell"
 DEEP = ("bcell", "mono", "tcell")
 ASSAYS = ("atac", "k27ac", "k4me3", "rna")
 
+#: Least share of the ceiling, by assay, as the mean of the deep groups. The bundled trunk knows where regulators are
+#: and in which conditions they act; of promoters it knows less: a third of what is specific in its own RNA tracks.
+LEAST = {"atac": 0.80, "k27ac": 0.75, "k4me3": 0.45, "rna": 0.15}
+
 #: The commands of examples/README.md in a size that takes seconds.
 SMALLEST = {
     "simulate": [
@@ -110,20 +114,44 @@ def test_the_example_at_its_smallest(example: Path) -> None:
 def of_ceiling(run: str) -> pd.Series:
     """Share of the split-half ceiling that the specificity of each (group, track) reaches."""
     metrics = pd.read_parquet(Path(run) / "evaluation" / "metrics.parquet")
-    own = metrics.query("metric == 'pearson_across_tracks_of_ceiling' and track != '' and fold == 'test'")
+    metrics = metrics[metrics["model"].str.startswith("LoRA") & (metrics["fold"] == "test") & (metrics["track"] != "")]
+    own = metrics[metrics["metric"] == "pearson_across_tracks_of_ceiling"]
     found: pd.Series = own.set_index(["group", "track"])["value"]
     return found
 
 
-def right_types(truth: pd.DataFrame, effects: pd.DataFrame, assay: str, types: list[str]) -> np.ndarray:
-    """Whether strong specific variants of an assay are given to their cell type.
+def right_types(truth: pd.DataFrame, effects: pd.DataFrame, types: tuple[str, ...]) -> pd.Series:
+    """Whether the track that changes most is of the right cell type, of strong specific causal variants, by their id.
 
     Strong: a log2 fold change of 0.5 or more of the expected signal in one cell type; specific: twice that of others.
     """
-    columns = [[name for name in cell_tracks(types) if name.rstrip("+-") == f"{one}_{assay}"] for one in types]
-    size = np.stack([truth[own].abs().mean(axis=1) for own in columns], axis=1)
-    first, ordered = size.argmax(axis=1), np.sort(size, axis=1)
-    chosen = (truth["kind"] == "causal").to_numpy() & (ordered[:, -1] >= 0.5) & (ordered[:, -1] >= 2 * ordered[:, -2])
-    true = np.array(types)[first]
-    right: np.ndarray = (effects[f"{assay}_most_affected"].to_numpy() == true)[chosen]
-    return right
+
+    def sizes(table: pd.DataFrame) -> np.ndarray:
+        """The largest mean over strands of the changes in any assay, ``(variants, types)``."""
+        changes = {
+            name: table[[n for n in cell_tracks(types) if n.rstrip("+-") == name]].abs().mean(axis=1)
+            for name in (f"{one}_{assay}" for one in types for assay in ASSAYS)
+        }
+        return np.stack([np.max([changes[f"{one}_{a}"] for a in ASSAYS], axis=0) for one in types], axis=1)
+
+    truth, effects = truth.set_index("id"), effects.set_index("id").loc[truth["id"]]
+    true, predicted = sizes(truth), sizes(effects)
+    ordered = np.sort(true, axis=1)
+    chosen = (truth["kind"] == "causal") & (ordered[:, -1] >= 0.5) & (ordered[:, -1] >= 2 * ordered[:, -2])
+    return pd.Series(true.argmax(axis=1) == predicted.argmax(axis=1), index=truth.index)[chosen]
+
+
+@pytest.mark.slow
+def test_the_example_in_full(example: Path) -> None:
+    """What is reached of the split-half ceiling by the deep groups, and which cell types variants are given to."""
+    truth = run_example(example, {})
+    types = truth.simulation.conditions
+    reached = of_ceiling("runs/lora")
+    for assay, least in LEAST.items():
+        deep = [float(reached[assay, name]) for name in cell_tracks(DEEP) if name.rstrip("+-").endswith(assay)]
+        assert np.mean(deep) >= least, (assay, deep)
+    quality = pd.read_csv("data/cells.qc.tsv", sep="\t").set_index("track")
+    assert (quality.loc[[name for name in cell_tracks(DEEP) if "rna" not in name], "reliability"] > 0.75).all()
+    right = right_types(truth.cell_variants(), pd.read_parquet("effects.parquet"), types)
+    assert len(right) >= 40
+    assert right.mean() >= 0.85

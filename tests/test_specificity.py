@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -206,6 +207,9 @@ def test_confusion_tells_which_cell_type_is_taken_for_which(found: Evaluation) -
     table = found.confusion
     assert table is not None
     assert table.columns.tolist() == ["group", "observed", "predicted", "pearson", "best", "n", "fold", "model"]
+    text = (Path(__file__).parents[1] / "docs" / "formats.md").read_text()
+    documented = text.partition("<!-- columns: confusion -->")[2].partition("\n\n")[0]
+    assert re.findall(r"^\| `(\w+)` \|", documented, re.MULTILINE) == table.columns.tolist()
     best = table[table["best"]].set_index(["model", "observed"])["predicted"]
     assert best["oracle"].to_dict() == {name: name for name in TYPES}
     assert best["turned"].to_dict() == {"B": "NK", "NK": "T", "T": "B"}

@@ -4,9 +4,9 @@
 
 Prepares the data, runs the sweeps of this folder into OUT/runs (``bar.yaml`` is the comparison, the others ask what
 rank, learning rate and batch size do and what a table can get wrong), and leaves OUT/tables.md, OUT/*.svg and a report
-of each sweep. What is done is not done again, so an interrupted run goes on where it stopped. A check of the pipeline with
-the bundled `yeast-lm-mini`, and no verdict on methods; the same files with a published model (``species-lm.yaml``,
-``dnabert-2.yaml``) give one. Needs SEQGRAFT_SHARED.
+of each sweep. What is done is not done again, so an interrupted run goes on where it stopped. A check of the pipeline
+with the bundled `yeast-lm-mini`, and no verdict on methods; published models (``species-lm.yaml``, ``dnabert-2.yaml``)
+give one. Needs SEQGRAFT_SHARED.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from seqgraft.intervals import hierarchical_draws, hierarchical_estimate
 from seqgraft.models.folders import bundled_models
 from seqgraft.plots import THEME, model_dots, svg
 from seqgraft.report import write_report
-from seqgraft.report.sweep import sweep_page
+from seqgraft.report.sweep import findings
 from seqgraft.scoring import Scorecard, default_metric
 from seqgraft.sequence import decode, reverse_complement
 from seqgraft.sweep import run_sweep
@@ -161,7 +161,7 @@ def part_score(dataset: Dataset, cells: Sequence[str], here: np.ndarray) -> str:
 def leaks(results: pd.DataFrame) -> pd.DataFrame:
     """The enhancers: each metric on the clean test sequences and on all, first seed, with intervals over sequences."""
     cells = results[(results["dataset"] == "enhancers") & (results["seed"] == 1)]
-    rows: dict[tuple[str, str], dict[str, str]] = {}
+    rows: dict[str, dict[str, str]] = {}
     for cell in cells.to_dict("records"):
         metrics = pd.read_parquet(Path("runs/pitfalls/cells") / cell["cell"] / "evaluation" / "metrics.parquet")
         shown = metrics[(metrics["track"] == "") & metrics["metric"].isin(["auroc", "mcc", "accuracy"])]
@@ -213,7 +213,8 @@ def draw_methods(summary: pd.DataFrame) -> None:
         floor = dict(zip(floors["method"], floors["score"], strict=True))
         for column, label in (("seconds_per_epoch", "seconds per epoch"), ("trainable", "numbers that train")):
             least, most = runs.loc[runs[column].idxmin()], runs.loc[runs[column].idxmax()]
-            title = f"{name}: {label} from {least[column]:,.3g} ({least['method']}) to {most[column]:,.3g} ({most['method']})"
+            ends = [f"{row[column]:,.3g} ({row['method']})" for row in (least, most)]
+            title = f"{name}: {label} from {ends[0]} to {ends[1]}"
             figure = cost_dots(
                 runs.assign(x=runs[column]),
                 title=title,
@@ -256,9 +257,13 @@ def draw_setting(name: str, column: str) -> None:
         f"{runs['dataset'].iloc[0]}, by {label}: {metric} from {runs['score'].min():.3f} to {runs['score'].max():.3f}"
     )
     figure = setting_lines(
-        runs.assign(x=runs[column].astype(float), value=runs["score"]), title=title, xlabel=label, ylabel=f"{metric}, test",
-        methods=list(runs["method"].unique()), floors=dict(zip(floor["method"], floor["score"], strict=True)),
-    )  # fmt: skip
+        runs.assign(x=runs[column].astype(float), value=runs["score"]),
+        title=title,
+        xlabel=label,
+        ylabel=f"{metric}, test",
+        methods=list(runs["method"].unique()),
+        floors=dict(zip(floor["method"], floor["score"], strict=True)),
+    )
     save(figure, f"by-{name}", title)
 
 
@@ -269,11 +274,8 @@ def write_tables(sweeps: Sequence[str]) -> str:
     """Figures as files, and tables of the sweeps that are there, as Markdown."""
     summary = summary_of("bar")
     results = pd.read_parquet("runs/bar/results.parquet").assign(method=lambda frame: frame["method"].map(short))
-    parts = [
-        sweep_page(Path("runs/bar")).title.replace(". ", ".\n") + ".",
-        markdown(scores(summary)),
-        markdown(costs(summary)),
-    ]
+    told = pd.Series(findings(Path("runs/bar")), name="finding").rename_axis("data").reset_index()
+    parts = [markdown(told), markdown(scores(summary)), markdown(costs(summary))]
     draw_methods(summary)
     draw_losses(results, summary)
     if split := list(split_by_overlap(results, summary)):

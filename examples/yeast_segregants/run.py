@@ -1,7 +1,6 @@
 """Expression of yeast segregants: from files to reports. ``SEQGRAFT_SHARED=... python run.py OUT``
 
-Two recipes beside linear models on dosage and the trunk's own tracks: a frozen trunk, and frozen convolutions with LoRA
-in the transformer. Everything goes into OUT: the prepared data, both runs with their reports, and one page for both.
+Two recipes beside linear models on dosage and the trunk's own tracks: a frozen trunk, and full fine-tuning. Everything goes into OUT: the prepared data, both runs with their reports, and one page for both.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from seqgraft.report import write_report
 from seqgraft.run import evaluate_run, fit_run, prepare
 
 HERE = Path(__file__).parent
-RECIPES = ("frozen", "lora")
+RECIPES = ("frozen", "full")
 FOLDS = {
     "test": "segregants for testing, genes of training",
     "unseen_genes": "segregants of training, genes of chromosomes XIV and XVI",

@@ -211,15 +211,9 @@ class TrackTable:
             parts.setdefault(str(kind), []).append(position)
         return list(parts.items())
 
-    @cached_property
-    def _columns(self) -> dict[str, NDArray[np.float64]]:
-        return {}
-
     def column(self, name: str) -> NDArray[np.float64]:
         """A numeric column as float64 ``(tracks,)``."""
-        if name not in self._columns:  # asked for at every step
-            self._columns[name] = self.frame[name].to_numpy(dtype=np.float64)
-        return self._columns[name]
+        return self.frame[name].to_numpy(dtype=np.float64)
 
     def select(self, names: Sequence[str]) -> TrackTable:
         """The named tracks, in the given order; both strands of a pair or none.

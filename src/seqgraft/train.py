@@ -125,8 +125,8 @@ class TrainConfig:
 class FitResult:
     """What training ended with; the model holds the best weights.
 
-    ``cache`` says what became of ``train.cache``; ``step_bytes`` is what all tensors held at the worst moment of this
-    process's first step, weights and optimiser included; 0 of several processes, and where no step was left.
+    ``cache`` says what became of ``train.cache``; ``step_bytes`` is what all tensors held at the worst moment of the
+    first step, weights and optimiser included; 0 of several processes.
     """
 
     best_score: float
@@ -150,6 +150,7 @@ class _Progress:
     best_score: float = -math.inf
     best_epoch: int = -1
     seconds: float = 0.0
+    step_bytes: int = 0
     log: list[dict[str, float]] = field(default_factory=list)
 
     def end_epoch(self, steps: int, valid_loss: float, score: float, lr: float) -> bool:
@@ -256,8 +257,10 @@ def fit(
             micro = list(
                 _micro_batches(dataset, batches[number], config, state.epoch, world, rank, device, cache, draw)
             )
-            with nullcontext() if live.peak or world > 1 else live:  # which takes time: the first step only
+            with nullcontext() if state.step_bytes or world > 1 else live:  # which takes time: the first step only
                 loss, weights = _step(accelerator, wrapped, model, optimizer, objective, micro, config)
+            if live.peak:
+                state.step_bytes = storage_bytes(held) + live.peak
             if not math.isfinite(loss):
                 where, remedy = (
                     f"epoch {state.epoch + 1}, step {number + 1}",
@@ -299,7 +302,7 @@ def fit(
         state.seconds,
         _peak_memory(device),
         choice.in_words,
-        storage_bytes(held) + live.peak if live.peak else 0,
+        state.step_bytes,
     )
 
 

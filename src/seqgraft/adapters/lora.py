@@ -43,8 +43,8 @@ class LoRA(Adapter):
         alpha: its scale is alpha / rank; twice the rank if None.
         where: sites; ``("conv",)`` is LoCon.
         dora: learn the norm of each output's weights apart from their direction (Liu et al. 2024).
-        quantize: hold the frozen linear layers of all sites in 4 bits ("nf4") or 8 ("int8", whose products are of
-            float16); needs ``seqgraft[quant]``. Merging puts the change on the layers as they were before.
+        quantize: hold the frozen linear layers of all sites in 4 bits ("nf4") or 8 ("int8", which casts their
+            inputs to float16); needs ``seqgraft[quant]``. Merging puts the change on the layers as they were before.
         last: of the site "conv" only the last so many modules.
         dropout: on the input of A, in training.
         rslora: scale by alpha / sqrt(rank) instead.

@@ -16,7 +16,7 @@ from seqgraft.report.page import Cell, Chart, Code, Page, Section, Table, join
 from seqgraft.report.scores import Score, metric_name, words
 from seqgraft.trends import cost_dots, epoch_curves, setting_lines
 
-__all__ = ["is_sweep", "sweep_page"]
+__all__ = ["findings", "is_sweep", "sweep_page"]
 
 _FILES = ("sweep.yaml", "results.parquet", "summary.parquet", "tests.parquet")
 #: Column of a setting -> what it is called on an axis.
@@ -30,6 +30,7 @@ _COSTS: dict[str, tuple[str, Callable[[float], Cell]]] = {
 }
 _MAX_CURVES = 30
 _MANY = 5  # methods in a title
+_FEW = 2  # data sets whose findings are the title
 
 
 def is_sweep(folder: Path) -> bool:
@@ -43,17 +44,11 @@ def sweep_page(folder: Path) -> Page:
     Raises:
         RunError: the tables are not there yet, or cannot be read.
     """
-    try:
-        text = (folder / _FILES[0]).read_text(encoding="utf-8")
-        results, summary, tests = (pd.read_parquet(folder / name) for name in _FILES[1:])
-    except (OSError, ValueError) as error:
-        remedy = "Run 'seqgraft sweep' again: it goes on where it stopped, and then writes them"
-        raise RunError(f"the tables of the sweep cannot be read ({error})", str(folder), remedy=remedy) from error
+    text, results, slices = _read(folder)
     failed = results[results["status"] != "done"].drop_duplicates("cell")
     notes = [f"{len(failed)} of {results['cell'].nunique()} cells have no result; they are listed below."] * bool(
         len(failed)
     )
-    slices = [_Slice(folder, results, part, tests) for _, part in summary.groupby(["dataset", "group"], sort=False)]
     sections = [section for each in slices for section in each.sections(several=len(slices) > 1)]
     if len(failed):
         sections.append(Section("Cells without a result", (_failures(failed),)))
@@ -61,12 +56,52 @@ def sweep_page(folder: Path) -> Page:
         Section(
             "Every cell", (_frame(results.drop(columns="message"), "One row per cell (results.parquet)."),), folded=True
         ),
-        Section("Every setting", (_frame(summary, "Means over seeds (summary.parquet)."),), folded=True),
+        Section(
+            "Every setting",
+            (_frame(pd.read_parquet(folder / "summary.parquet"), "Means over seeds (summary.parquet)."),),
+            folded=True,
+        ),
         Section("How was it made", (Code("sweep.yaml", text),), folded=True),
     ]
-    title = slices[0].finding if len(slices) == 1 else ". ".join(f"{each.place}: {each.finding}" for each in slices)
-    title = title or "A sweep without a result"
-    return Page(title, _lead(results, slices), tuple(notes), tuple(sections))
+    if len(slices) > _FEW:
+        rows = tuple((Cell(each.place), Cell(each.finding)) for each in slices)
+        sections.insert(0, Section("What was found?", (Table("What the tests say.", ("data", "finding"), rows),)))
+    return Page(_title(slices), _lead(results, slices), tuple(notes), tuple(sections))
+
+
+def findings(folder: Path) -> dict[str, str]:
+    """What the tests of a sweep say, by data set (and group of tracks, where there are several).
+
+    Raises:
+        RunError: the tables are not there yet, or cannot be read.
+    """
+    return {each.place: each.finding for each in _read(folder)[2]}
+
+
+def _read(folder: Path) -> tuple[str, pd.DataFrame, list[_Slice]]:
+    """The configuration's text, the row of every cell, and the tables by data set and group."""
+    try:
+        text = (folder / _FILES[0]).read_text(encoding="utf-8")
+        results, summary, tests = (pd.read_parquet(folder / name) for name in _FILES[1:])
+    except (OSError, ValueError) as error:
+        remedy = "Run 'seqgraft sweep' again: it goes on where it stopped, and then writes them"
+        raise RunError(f"the tables of the sweep cannot be read ({error})", str(folder), remedy=remedy) from error
+    parts = summary.groupby(["dataset", "group"], sort=False)
+    return text, results, [_Slice(folder, results, part, tests) for _, part in parts]
+
+
+def _title(slices: Sequence[_Slice]) -> str:
+    """The findings; of many data sets, in how many of them there is something to tell."""
+    if len(slices) <= _FEW:
+        told = [each.finding if len(slices) == 1 else f"{each.place}: {each.finding}" for each in slices]
+        return ". ".join(told) or "A sweep without a result"
+    clear = sum(len(each.leaders) == 1 < len(each.chosen) for each in slices)
+    above, with_floor = (
+        sum(bool(each.beyond_floor(1)) for each in slices),
+        sum(bool(each.best_floor) for each in slices),
+    )
+    title = f"In {clear} of {len(slices)} data sets one method is told apart from all others"
+    return title + (f"; in {above} of {with_floor} one is above the best baseline" if with_floor else "")
 
 
 class _Slice:
@@ -125,12 +160,25 @@ class _Slice:
         text += self._against_floor(list(scores))
         return text[:1].upper() + text[1:]
 
+    @property
+    def leaders(self) -> list[str]:
+        """The method with the best score, and those that the tests do not tell apart from it."""
+        scores = dict(zip(self.chosen["name"], self.chosen["score"], strict=True))
+        best = max(scores, key=lambda name: scores[name])
+        return [name for name in scores if name == best or not self._told_apart(best, name)]
+
+    def beyond_floor(self, sign: int) -> list[str]:
+        """The methods that the tests tell to be above (``sign`` 1) or below (-1) the best baseline."""
+        rows = self.tests[(self.tests["family"] == "floors") & self.tests["second"].isin(list(self.best_floor))]
+        rows = rows[rows["told_apart"] & (sign * rows["difference"] > 0)]
+        return [name for name in self.chosen["name"] if name in set(rows["first"])]
+
     def _compared(self, scores: dict[str, float]) -> str:
         if self.tests["p"].isna().all():
             return f"{len(scores)} methods, and too few independent test regions to compare them by {self.metric}"
         best = max(scores, key=lambda name: scores[name])
-        below = [name for name in scores if name != best and self._told_apart(best, name)]
-        level = [name for name in scores if name not in below]
+        level = self.leaders
+        below = [name for name in scores if name not in level]
         if len(level) == 1:
             others = join(below) if len(below) < _MANY else f"the other {len(below)} methods"
             return f"{best} has a higher {self.metric} than {others}"
@@ -150,11 +198,7 @@ class _Slice:
         if not self.best_floor:
             return ""
         (floor,) = self.best_floor
-        rows = self.tests[
-            (self.tests["family"] == "floors") & (self.tests["second"] == floor) & self.tests["told_apart"]
-        ]
-        above = [name for name in names if name in set(rows.loc[rows["difference"] > 0, "first"])]
-        below = [name for name in names if name in set(rows.loc[rows["difference"] < 0, "first"])]
+        above, below = self.beyond_floor(1), self.beyond_floor(-1)
         if self.tests["p"].isna().all():
             return ""
         every = {1: "it is", 2: "both are"}.get(len(names), "all are")

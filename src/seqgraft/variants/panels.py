@@ -165,8 +165,8 @@ def _panel(scorers: Sequence[VariantScorer], layout: Layout, variant: Variant, t
     shown = min(SHOWN, layout.bins)
     at = (variant.position - 1 - first_base) // layout.bin_size - shown // 2
     at = min(max(0, at), layout.bins - shown)
-    alleles = (np.mean([part[i] for part in each], axis=0)[:, at : at + shown] for i in (1, 2))
-    reference, alternate = alleles
+    alleles = [ref for _, ref, _ in each], [alt for _, _, alt in each]
+    reference, alternate = (np.mean(parts, axis=0)[:, at : at + shown] for parts in alleles)
     signals = signal_table(layout.tracks)
     names = [condition or name for condition, name in zip(signals["condition"], signals["name"], strict=True)]
     rows, columns = list(dict.fromkeys(names)), list(dict.fromkeys(signals["group"]))
