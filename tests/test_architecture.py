@@ -101,7 +101,16 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("cells",),
     ("results",),
     ("grids",),
-    ("sweep", "report", "report.page", "report.scores", "report.donors", "report.run", "report.comparison", "report.sweep"),
+    (
+        "sweep",
+        "report",
+        "report.page",
+        "report.scores",
+        "report.donors",
+        "report.run",
+        "report.comparison",
+        "report.sweep",
+    ),
     # 9
     ("demo",),
     ("cli",),

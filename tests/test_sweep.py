@@ -29,7 +29,7 @@ from seqgraft.grids import SweepConfig, read_sweep
 from seqgraft.intervals import _draws, bootstrap_p, combine_p, hierarchical_draws, hierarchical_estimate, holm, mcnemar
 from seqgraft.metrics import METRICS, Moments
 from seqgraft.report import write_report
-from seqgraft.report.sweep import _Slice
+from seqgraft.report.sweep import _Slice, _title
 from seqgraft.run import evaluate_run, fit_run
 from seqgraft.sweep import Swept, plan_sweep, run_sweep
 
@@ -511,8 +511,8 @@ def test_every_column_is_documented(swept: Made) -> None:
 # The report
 
 
-def finding(scores: Mapping[str, float], apart: set[frozenset[str]], floor: float = 0.5) -> str:
-    """The title for these scores, where these pairs are told apart."""
+def part(scores: Mapping[str, float], apart: set[frozenset[str]], floor: float = 0.5) -> _Slice:
+    """The part of a report with these scores, where these pairs are told apart."""
     rows = [("run", name, value) for name, value in scores.items()] + [("baseline", "k-mer regression", floor)]
     summary = pd.DataFrame(rows, columns=["role", "method", "score"]).assign(
         dataset="d", group="g", model="m", metric="auroc", low=0.4, high=0.9, chosen=True
@@ -527,7 +527,24 @@ def finding(scores: Mapping[str, float], apart: set[frozenset[str]], floor: floa
     tests = tests.assign(dataset="d", group="g", first_model="m", second_model="m")
     tests["p"] = 0.01
     results = pd.DataFrame({"dataset": ["d"], "group": ["g"], "method": [next(iter(scores))]})
-    return _Slice(Path(), results, summary, tests).finding
+    return _Slice(Path(), results, summary, tests)
+
+
+def finding(scores: Mapping[str, float], apart: set[frozenset[str]]) -> str:
+    return part(scores, apart).finding
+
+
+def test_the_title_counts_many_data_sets() -> None:
+    """The findings of one or two are the title, those of more stand in a table."""
+    scores, pair = {"LoRA": 0.7, "IA3": 0.6}, frozenset(["LoRA", "IA3"])
+    over = {frozenset(["LoRA", "k-mer regression"])}
+    level, clear, beyond = part(scores, set()), part(scores, {pair}), part(scores, over)
+    below, alone = part(scores, over, floor=0.8), part({"LoRA": 0.7}, set())
+    assert _title([level]) == level.finding
+    assert _title([level, clear]) == f"d: {level.finding}. d: {clear.finding}"
+    assert _title([level, clear, beyond, below, alone]) == (
+        "In 1 of 5 data sets one method is told apart from all others; in 1 of 5 one is above the best baseline"
+    )
 
 
 def test_the_title_ranks_nothing_that_is_not_told_apart() -> None:

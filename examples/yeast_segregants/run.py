@@ -1,6 +1,7 @@
 """Expression of yeast segregants: from files to reports. ``SEQGRAFT_SHARED=... python run.py OUT``
 
-Two recipes beside linear models on dosage and the trunk's own tracks: a frozen trunk, and full fine-tuning. Everything goes into OUT: the prepared data, both runs with their reports, and one page for both.
+Two recipes beside linear models on dosage and the trunk's own tracks: a frozen trunk, and full fine-tuning. Everything
+goes into OUT: the prepared data, both runs with their reports, and one page for both.
 """
 
 from __future__ import annotations

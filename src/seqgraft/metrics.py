@@ -488,7 +488,7 @@ def pearson_within(
     group, x, y = group[known], truth[known].astype(np.float64), predicted[known].astype(np.float64)
 
     def sums(values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-        return np.bincount(group, values, minlength=len(names))
+        return np.bincount(group, values, minlength=len(names)).astype(np.float64)
 
     count = np.bincount(group, minlength=len(names))
     x, y = (v - (sums(v) / np.maximum(count, 1))[group] for v in (x, y))

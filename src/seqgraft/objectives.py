@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Protocol
+from typing import Protocol, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -161,8 +161,8 @@ class OfGenes(Elementwise):
     def __init__(
         self, tracks: TrackTable, losses: Mapping[str, Loss | PairLoss], genes: npt.NDArray[np.int64], block: int
     ) -> None:
-        usual = {group: AllPairs() for group in tracks.groups if group == "expression"}
-        super().__init__(tracks, {**usual, **losses})  # type: ignore[arg-type]
+        usual: dict[str, Loss | PairLoss] = {group: AllPairs() for group in tracks.groups if group == "expression"}
+        super().__init__(tracks, cast("Mapping[str, Loss]", {**usual, **losses}))  # ``_term`` tells them apart
         self.genes, self.block = genes, block
 
     def batches(self, rows: npt.NDArray[np.int64], size: int, seed: int, epoch: int) -> list[npt.NDArray[np.int64]]:

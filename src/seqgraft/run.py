@@ -23,7 +23,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -50,7 +50,7 @@ from seqgraft.evaluate import Evaluation, evaluate_model
 from seqgraft.experiment import Experiment, parse_source, read_experiment, read_yaml, settings_of, write_yaml
 from seqgraft.exposure import inherited, test_exposure
 from seqgraft.genome import Genome, read_gtf
-from seqgraft.losses import MaskedTokens
+from seqgraft.losses import Loss, MaskedTokens
 from seqgraft.memory import FrozenBytes
 from seqgraft.models.base import Head, SequenceModel
 from seqgraft.models.folders import find_model, save_model
@@ -144,7 +144,9 @@ def objective_of(experiment: Experiment, dataset: Dataset, model: SequenceModel 
     if wrong := [group for group, one in (losses or {}).items() if hasattr(one, "of_genes")]:
         what, remedy = "the loss compares donors, and the data have none", "Use another loss, or data of kind: personal"
         raise ConfigError(what, wrong, where="loss", remedy=remedy)
-    return Elementwise(dataset.tracks, losses, dataset.info.settings.get("class_weights"), lengths)
+    return Elementwise(
+        dataset.tracks, cast("Mapping[str, Loss] | None", losses), dataset.info.settings.get("class_weights"), lengths
+    )
 
 
 def build_run(experiment: Experiment, dataset: Dataset | None = None) -> tuple[SequenceModel, Dataset]:
