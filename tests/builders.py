@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import h5py
 import numpy as np
 import pandas as pd
 import torch
@@ -203,6 +204,47 @@ def tiny_labels(
             lengths=size,
         )
     return open_dataset(folder)
+
+
+def write_h5ad(
+    path: Path,
+    counts: Any,
+    features: Sequence[str],
+    types: Sequence[str],
+    *,
+    layout: str = "csr",
+    legacy: bool = False,
+    layer: str | None = None,
+    var: dict[str, Sequence[Any]] | None = None,
+) -> Path:
+    """An AnnData file of ``counts`` (cells, features) with a column ``type``, "" where a cell has none."""
+    counts = np.asarray(counts)
+    names = sorted(set(types) - {""})
+    codes = np.array([names.index(name) if name else -1 for name in types], dtype=np.int8)
+    with h5py.File(path, "w") as file:
+        obs, columns = file.create_group("obs"), file.create_group("var")
+        for frame, index in ((obs, [f"cell{i}-1" for i in range(len(counts))]), (columns, list(features))):
+            frame.attrs["_index"] = "_index"
+            frame["_index"] = np.array(index, dtype=object)
+        for name, values in (var or {}).items():
+            columns[name] = np.array(values, dtype=object) if isinstance(values[0], str) else np.array(values)
+        if legacy:
+            obs["type"] = codes
+            obs.create_group("__categories")["type"] = np.array(names, dtype=object)
+        else:
+            column = obs.create_group("type")
+            column["codes"], column["categories"] = codes, np.array(names, dtype=object)
+        where = "X" if layer is None else f"layers/{layer}"
+        if layout == "dense":
+            file[where] = counts
+        else:
+            group = file.create_group(where)
+            group.attrs["h5sparse_format" if legacy else "encoding-type"] = layout if legacy else f"{layout}_matrix"
+            group.attrs["h5sparse_shape" if legacy else "shape"] = counts.shape
+            rows = counts if layout == "csr" else counts.T
+            group["data"], group["indices"] = rows[np.nonzero(rows)], np.nonzero(rows)[1].astype(np.int32)
+            group["indptr"] = np.concatenate([[0], np.cumsum((rows != 0).sum(axis=1))])
+    return path
 
 
 def settled_trunk(seed: int = 0, *, bin_size: int = BIN_SIZE, crop: int = 2, **settings: int) -> ConvNet:

@@ -17,7 +17,7 @@ import pytest
 import torch
 import yaml
 
-from builders import BLOCKS, BORZOI, FLASHZOI, LANGUAGE, LLAMA, MOSAIC, ROTARY
+from builders import BLOCKS, BORZOI, FLASHZOI, LANGUAGE, LLAMA, MOSAIC, ROTARY, write_h5ad
 from seqgraft import run as runs
 from seqgraft.adapters import ADAPTERS
 from seqgraft.bigwig import runs as runs_of
@@ -58,7 +58,11 @@ NEEDS_TOKENS = {"prompt"}  # that trunks without convolutions read
 FEW_SOURCES = {"transformers": ("coverage", "binary")}
 
 #: Sources that end in what another ends in, and the trunk and adapter that they are tested with.
-FEW_CASES = {"fragments": ("convnet", "linear probe"), "windows": ("", "")}  # without tracks: test_masked.py
+FEW_CASES = {
+    "fragments": ("convnet", "linear probe"),
+    "h5ad": ("convnet", "linear probe"),
+    "windows": ("", ""),
+}  # without tracks: test_masked.py
 
 ADAPTER_SETTINGS: dict[str, dict[str, Settings]] = {
     "linear_probe": {"linear probe": {}},
@@ -80,6 +84,7 @@ ADAPTER_SETTINGS: dict[str, dict[str, Settings]] = {
 SOURCE_CASES: dict[str, tuple[str, ...]] = {
     "coverage": ("coverage",),
     "fragments": ("fragments",),
+    "h5ad": ("h5ad",),
     "labelled": ("binary", "multiclass", "regression"),
     "peaks": ("peaks",),
     "windows": ("windows",),
@@ -169,6 +174,17 @@ def _fragments(folder: Path) -> Settings:
     }
 
 
+def _h5ad(folder: Path) -> Settings:
+    """Three groups of cells, and peaks that lie side by side."""
+    rng = np.random.default_rng(5)
+    peaks = [f"{chrom}:{start}-{start + 80}" for chrom, size in CHROMS.items() for start in range(0, size - 80, 160)]
+    types = [f"type{number % 3}" for number in range(12)]
+    write_h5ad(folder / "cells.h5ad", rng.poisson(2, (12, len(peaks))), peaks, types)
+    fasta = str(_genome(folder))
+    source = {"kind": "h5ad", "path": str(folder / "cells.h5ad"), "group": "type", "genome": fasta}
+    return {**source, "window": 64, "folds": FOLDS}
+
+
 def _genome(folder: Path) -> Path:
     rng = np.random.default_rng(0)
     contigs = {chrom: decode(rng.integers(0, 4, size).astype(np.uint8)) for chrom, size in CHROMS.items()}
@@ -210,6 +226,7 @@ def _peaks(folder: Path) -> Settings:
 WRITERS: dict[str, Callable[[Path], Settings]] = {
     "coverage": _coverage,
     "fragments": _fragments,
+    "h5ad": _h5ad,
     "binary": lambda folder: _labelled(folder, lambda share: int(share > 0.5)),
     "multiclass": lambda folder: _labelled(folder, lambda share: "abc"[(share > 0.45) + (share > 0.55)]),
     "regression": lambda folder: _labelled(folder, lambda share: round(8 * share + 0.01, 3)),
@@ -243,6 +260,7 @@ def test_sources(case: str, prepared: Callable[[str], Path]) -> None:
     assert set(dataset.tracks.frame["link"]) == {
         "coverage": {"softplus"},
         "fragments": {"softplus"},
+        "h5ad": {"identity"},
         "binary": {"sigmoid"},
         "peaks": {"sigmoid"},
         "multiclass": {"softmax"},

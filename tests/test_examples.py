@@ -159,7 +159,7 @@ def test_the_small_files_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert build(Simulation, read_yaml(Path("sim.yaml")), "sim.yaml").chromosomes == 4
     text = dict(re.findall(r"^<!-- yaml: (\w+) -->\n```yaml\n(.*?)^```$", FORMATS, re.MULTILINE | re.DOTALL))
     others = {"experiment", "variants", "effects", "attribute", "sweep"}
-    assert {"coverage", "fragments", "labelled", "peaks", "personal", "windows"} | others == set(text)
+    assert {"coverage", "fragments", "h5ad", "labelled", "peaks", "personal", "windows"} | others == set(text)
     assert len(build(SweepConfig, yaml.safe_load(text["sweep"]), "sweep").grid["adapter"]) == 3
     assert len(build(VariantConfig, yaml.safe_load(text["variants"]), "variants").scorers) == 2
     assert build(EffectsConfig, yaml.safe_load(text["effects"]), "effects").measured == Measured(
@@ -172,7 +172,8 @@ def test_the_small_files_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert fragments.tracks.names == ["B", "T"]
     assert fragments.targets.sum() == 12  # two of 14 insertions lie behind the last tile
     assert tuple(documented("columns", "quality")) == QC_COLUMNS
-    assert len(prepare_source(sources["windows"], tmp_path / "windows")) == 3
+    windows = prepare_source(sources["windows"], tmp_path / "windows")
+    assert sorted(windows.regions["fold"]) == ["test", "train", "train"]  # the first window has unknown bases
     cohort = prepare_source(sources["personal"], tmp_path / "cohort")
     assert len(cohort) == 16
     assert cohort.sequence_count == 2  # with and without the variant

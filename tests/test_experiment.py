@@ -21,6 +21,7 @@ from seqgraft.data.expression import Expression
 from seqgraft.data.folds import Folds
 from seqgraft.data.fragment_files import FragmentFile
 from seqgraft.data.fragments import FragmentSource
+from seqgraft.data.h5ad import H5adSource
 from seqgraft.data.labelled import LabelledFile, LabelledSource
 from seqgraft.data.labels import Label
 from seqgraft.data.peaks import PeakSource
@@ -88,6 +89,18 @@ VALUES: list[Any] = [
         target_length=64,
         bin_size=16,
         folds=BY_CHROMOSOME,
+    ),
+    H5adSource(
+        path=Path("cells.h5ad"),
+        group="cell_type",
+        genome=Path("genome.fa"),
+        window=64,
+        folds=BY_CHROMOSOME,
+        layer="counts",
+        genes=GeneTable(gtf=Path("genes.gtf")),
+        merge={"lymph": ("B", "T")},
+        drop=("NK",),
+        normalise="none",
     ),
     PersonalSource(
         genome=Path("genome.fa"),

@@ -220,6 +220,27 @@ def test_fasta_files_with_a_label_each(tmp_path: Path) -> None:
     assert data.regions["name"].tolist()[:2] == ["s0", "s1"]
 
 
+def test_some_rows_of_a_large_file(tmp_path: Path) -> None:
+    """Each row once, in the file's order and under its own number; the same for a seed, and all if there are fewer."""
+    pd.DataFrame({"sequence": sequences(40), "label": [0, 1] * 20}).to_csv(tmp_path / "train.csv", index=False)
+    pd.DataFrame({"sequence": sequences(6, seed=1), "label": [0, 1] * 3}).to_csv(tmp_path / "test.csv", index=False)
+    rows = []
+    for number, seed in enumerate([1, 1, 2]):
+        files = (
+            LabelledFile(tmp_path / "train.csv", fold="train", rows=12),
+            LabelledFile(tmp_path / "test.csv", fold="test", rows=12),
+        )
+        source = LabelledSource(files, folds=Folds(valid=0.25, seed=seed))
+        regions = prepare_labelled(source, tmp_path / f"out{number}").regions
+        assert regions["fold"].value_counts().to_dict() == {"train": 9, "valid": 3, "test": 6}
+        rows.append(regions.loc[regions["fold"] != "test", "source_row"].tolist())
+    assert rows[0] == rows[1] == sorted(set(rows[0]))
+    assert rows[0] != rows[2]
+    assert max(rows[0]) > 12
+    with pytest.raises(ConfigError, match="at least one row"):
+        LabelledFile(tmp_path / "train.csv", rows=0)
+
+
 def test_columns_join_and_lengths_vary(prepare: Prepare) -> None:
     ends = [f"{'ACGT' * 3}"[: 1 + row] for row in range(10)]
     data = prepare({"label": [0, 1] * 5, "utr": ends}, sequence=("sequence", "utr"))

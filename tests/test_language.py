@@ -30,23 +30,28 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
+from typer.testing import CliRunner
 
 from builders import BLOCKS, MOSAIC, ROTARY, byte_pairs, tiny_coverage, tiny_labels, tiny_language
 from seqgraft.adapters import IA3, FullFineTune, Houlsby, LinearProbe, LoRA, adapt, merge
 from seqgraft.cache import ActivationCache
+from seqgraft.cli import app
 from seqgraft.data.dataset import Dataset
 from seqgraft.errors import ConfigError, DataError, ModelError
+from seqgraft.experiment import Experiment
 from seqgraft.local import Recompute
 from seqgraft.memory import bytes_without_computing
 from seqgraft.models.base import Head, SequenceModel, State, Trunk, mean_of_valid
 from seqgraft.models.encoder import alibi_slopes
-from seqgraft.models.folders import convert_published
+from seqgraft.models.folders import convert_published, read_model
 from seqgraft.models.hub import licence_of, load_published
 from seqgraft.models.hub_language import load_language
 from seqgraft.models.language import Language, pieces
 from seqgraft.models.masked import HIDDEN
 from seqgraft.models.weights import ModelConfig, build_model, build_pretrained
 from seqgraft.objectives import Elementwise
+from seqgraft.plan import plan_run
+from seqgraft.run import export_run, fit_run, open_run
 from seqgraft.sample import Sample
 from seqgraft.sequence import PAD, decode, encode
 from seqgraft.train import TrainConfig, cache_choice
@@ -367,6 +372,44 @@ def test_a_species_is_a_token_of_its_own(tmp_path: Path) -> None:
     for species in (None, "yeast"):
         with pytest.raises(ConfigError, match="species"):
             load_language(tmp_path / "saved", species=species)
+
+
+def test_convert_takes_a_species(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint(tmp_path / "saved", "bert", species=("yeast_one", "yeast_two"))
+    monkeypatch.setattr("seqgraft.card._SHOWN", (LinearProbe(),))  # to save time
+    convert = ["convert", str(tmp_path / "saved"), str(tmp_path / "model"), "--name", "tiny", "--species"]
+    runner = CliRunner()
+    wrong = runner.invoke(app, [*convert, "yeast"])
+    assert isinstance(wrong.exception, ConfigError)
+    assert "yeast_one" in str(wrong.exception)
+    assert runner.invoke(app, [*convert, "yeast_two"], catch_exceptions=False).exit_code == 0
+    assert read_model(tmp_path / "model").content["settings"]["species"] == "yeast_two"
+
+
+def test_export_of_a_run_on_labels_is_its_merged_trunk(tmp_path: Path) -> None:
+    data = tiny_labels(tmp_path / "data")
+    settings = {**BLOCKS, "channels": 8, "heads": 2}
+    model = ModelConfig("language", settings=settings)
+    train = TrainConfig(epochs=1, batch_size=12, lr=0.05)
+    experiment = Experiment(data.folder, model, LoRA(rank=2, where=("attention",)), train=train)
+    fit_run(experiment, tmp_path / "run")
+    export_run(tmp_path / "run", tmp_path / "model", name="grown", licence="MIT")
+    content = read_model(tmp_path / "model").content
+    assert (content["heads"], content["tracks"]) == ({}, [])
+    assert content["window"] == content["bin_size"] == data.lengths.max()
+    assert not (tmp_path / "model" / "trained_on.bed").exists()
+    card = (tmp_path / "model" / "card.md").read_text()
+    assert "heads are not part of it" in card
+    assert "no places in a genome" in card
+    fitted, grown = (
+        open_run(tmp_path / "run").model,
+        build_model(ModelConfig(str(tmp_path / "model")), data.tracks, data.info),
+    )
+    merge(fitted)
+    for name, tensor in fitted.trunk.state_dict().items():
+        assert torch.equal(tensor, grown.trunk.state_dict()[name]), name
+    again = replace(experiment, model=ModelConfig(str(tmp_path / "model")), adapter=LinearProbe())
+    assert plan_run(again).would_start
 
 
 def test_a_copy_is_built_from_its_settings_alone(tmp_path: Path) -> None:

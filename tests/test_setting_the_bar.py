@@ -144,14 +144,18 @@ def test_from_data_to_tables(script: ModuleType, tmp_path: Path, monkeypatch: py
     chromosome = simulated(Path("data/h3"), seed=1)
     monkeypatch.setattr(script, "training_genome", lambda: {"chrI": chromosome.encode()})
     adapters = [{"kind": "linear_probe"}, {"kind": "prompt", "tokens": 4}]
-    config = small("bar", grid={"data": ["data/h3"], "adapter": adapters}, seeds=[1, 2])
+    search = {"space": {"train.lr": [3e-3, 1e-2]}, "trials": 2}
+    config = small("bar", grid={"data": ["data/h3"], "adapter": adapters}, search=search, seeds=[1, 2])
     swept = run_sweep(config, Path("runs/bar"))
     assert swept.failed == 0
     assert swept.tables.results["role"].value_counts().to_dict() == {"run": 4, "trial": 2, "control": 2}
     run_sweep(
         small("rank", experiment={"data": "data/h3"}, grid={"adapter.rank": [2, 4]}, seeds=[1]), Path("runs/rank")
     )
-    text = script.write_tables(["rank"])
+    script.write_figures(["rank"])
+    tables = script.make_tables(["rank"])
+    assert list(tables) == ["findings", "scores", "costs", "overlap"]
+    text = "\n".join(tables.values())
     assert "| linear probe | 0." in text
     assert "| k-mer regression | " in text
     assert "| the best, on random weights | " in text
@@ -164,6 +168,16 @@ def test_from_data_to_tables(script: ModuleType, tmp_path: Path, monkeypatch: py
     assert len(inside) == len(outside) == 2
     for name in ("methods-h3", "seconds-per-epoch-h3", "trainable-h3", "loss-h3", "by-rank"):
         assert (tmp_path / f"{name}.svg").read_text().startswith("<svg "), name
+    page = tmp_path / "page" / "bar.md"
+    page.parent.mkdir()
+    page.write_text("# Bar\n\n<!-- scores -->\nold\n<!-- end of scores -->\n\n![which](bar-by-rank.svg)\n\nlast\n")
+    for _ in range(2):  # the second time changes nothing
+        script.publish(page, tables)
+        assert page.read_text() == (
+            f"# Bar\n\n<!-- scores -->\n\n{tables['scores']}\n<!-- end of scores -->\n\n"
+            "![which](bar-by-rank.svg)\n\nlast\n"
+        )
+    assert (page.parent / "bar-by-rank.svg").read_bytes() == (tmp_path / "by-rank.svg").read_bytes()
 
 
 def test_overlap_is_of_whole_sequences(script: ModuleType, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import sys
 import types
@@ -29,9 +30,10 @@ from seqgraft.grids import SweepConfig, read_sweep
 from seqgraft.intervals import _draws, bootstrap_p, combine_p, hierarchical_draws, hierarchical_estimate, holm, mcnemar
 from seqgraft.metrics import METRICS, Moments
 from seqgraft.report import write_report
-from seqgraft.report.sweep import _Slice, _title
+from seqgraft.report.sweep import _Slice, _title, findings
 from seqgraft.run import evaluate_run, fit_run
 from seqgraft.sweep import Swept, plan_sweep, run_sweep
+from seqgraft.trends import cost_dots, epoch_curves, setting_lines
 
 ROOT = Path(__file__).resolve().parents[1]
 PROBE, IA3, LORA = {"kind": "linear_probe"}, {"kind": "ia3"}, {"kind": "lora"}
@@ -259,6 +261,31 @@ def test_ray(base: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 # Tuning
+
+
+def test_cells_of_other_weights_are_run_again(base: dict[str, Any], tmp_path: Path) -> None:
+    """A model folder that was made again under its name is another model: nothing of the old one is taken for it."""
+    model, config = tmp_path / "tiny", config_of(base | {"model": {"name": str(tmp_path / "tiny")}})
+    tiny_pretrained(model)
+    assert run_sweep(config, tmp_path / "sweep").ran == 1
+    assert run_sweep(config, tmp_path / "sweep").ran == 0
+    shutil.rmtree(model)
+    tiny_pretrained(model, seed=1)
+    again = run_sweep(config, tmp_path / "sweep")
+    assert (again.ran, len(again.tables.results)) == (1, 1)
+    assert len(list((tmp_path / "sweep" / "cells").iterdir())) == 2
+
+
+def test_the_findings_of_many_data_sets_stand_in_a_table(base: dict[str, Any], tmp_path: Path) -> None:
+    places = ["one", "two", "three"]
+    for name in places:
+        (tmp_path / name).symlink_to(base["data"])
+    run_sweep(config_of(base, grid={"data": [str(tmp_path / name) for name in places]}), tmp_path / "sweep")
+    found = findings(tmp_path / "sweep")
+    assert list(found) == places
+    text = write_report(tmp_path / "sweep").read_text()
+    assert "<h1>In 0 of 3 data sets one method is told apart from all others" in text
+    assert text.index("What was found?") < text.index("Which method?")
 
 
 def test_every_method_gets_the_same_budget(base: dict[str, Any], tmp_path: Path) -> None:
@@ -532,6 +559,24 @@ def part(scores: Mapping[str, float], apart: set[frozenset[str]], floor: float =
 
 def finding(scores: Mapping[str, float], apart: set[frozenset[str]]) -> str:
     return part(scores, apart).finding
+
+
+@pytest.mark.parametrize("draw", [epoch_curves, setting_lines, cost_dots], ids=lambda draw: draw.__name__)
+def test_no_two_of_many_methods_look_alike(draw: Callable[..., Any]) -> None:
+    methods = [f"method {number}" for number in range(10)]
+    rows = [
+        {"method": name, "run": name, "epoch": x, "x": x, "value": 0.5, "low": 0.4, "high": 0.6}
+        for name in methods
+        for x in (1, 2)
+    ]
+    labels = {} if draw is epoch_curves else {"xlabel": "x"}
+    (axes,) = draw(pd.DataFrame(rows), title="t", ylabel="y", methods=methods, **labels).axes
+    looks = {
+        (line.get_color(), line.get_marker(), line.get_fillstyle())
+        for line in axes.lines
+        if line.get_label() in methods
+    }
+    assert len(looks) == len(methods)
 
 
 def test_the_title_counts_many_data_sets() -> None:

@@ -13,9 +13,11 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
+import shutil
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -57,6 +59,12 @@ def short(method: str) -> str:
 def summary_of(name: str) -> pd.DataFrame:
     """The summary of a sweep, methods by their short names."""
     frame = pd.read_parquet(Path("runs") / name / "summary.parquet")
+    return frame.assign(method=frame["method"].map(short))
+
+
+def cells_of_bar() -> pd.DataFrame:
+    """The cells of the comparison, methods by their short names."""
+    frame = pd.read_parquet("runs/bar/results.parquet")
     return frame.assign(method=frame["method"].map(short))
 
 
@@ -213,7 +221,7 @@ def draw_methods(summary: pd.DataFrame) -> None:
         floor = dict(zip(floors["method"], floors["score"], strict=True))
         for column, label in (("seconds_per_epoch", "seconds per epoch"), ("trainable", "numbers that train")):
             least, most = runs.loc[runs[column].idxmin()], runs.loc[runs[column].idxmax()]
-            ends = [f"{row[column]:,.3g} ({row['method']})" for row in (least, most)]
+            ends = [f"{row[column]:,.{0 if most[column] > 100 else 1}f} ({row['method']})" for row in (least, most)]
             title = f"{name}: {label} from {ends[0]} to {ends[1]}"
             figure = cost_dots(
                 runs.assign(x=runs[column]),
@@ -270,29 +278,45 @@ def draw_setting(name: str, column: str) -> None:
 # ---- all of it ----
 
 
-def write_tables(sweeps: Sequence[str]) -> str:
-    """Figures as files, and tables of the sweeps that are there, as Markdown."""
+def write_figures(sweeps: Sequence[str]) -> None:
+    """Every figure of the sweeps that are there, as a file."""
     summary = summary_of("bar")
-    results = pd.read_parquet("runs/bar/results.parquet").assign(method=lambda frame: frame["method"].map(short))
-    told = pd.Series(findings(Path("runs/bar")), name="finding").rename_axis("data").reset_index()
-    parts = [markdown(told), markdown(scores(summary)), markdown(costs(summary))]
     draw_methods(summary)
-    draw_losses(results, summary)
-    if split := list(split_by_overlap(results, summary)):
-        parts.append(markdown(pd.DataFrame(split)))
+    draw_losses(cells_of_bar(), summary)
     for name, column in SETTINGS.items():
         if name in sweeps:
             draw_setting(name, column)
+
+
+def make_tables(sweeps: Sequence[str]) -> dict[str, str]:
+    """The tables of the sweeps that are there, by name, as Markdown."""
+    summary = summary_of("bar")
+    told = pd.Series(findings(Path("runs/bar")), name="finding").rename_axis("data").reset_index()
+    made = {"findings": told, "scores": scores(summary), "costs": costs(summary)}
+    if split := list(split_by_overlap(cells_of_bar(), summary)):
+        made["overlap"] = pd.DataFrame(split)
     if "pitfalls" in sweeps:
-        parts += [
-            markdown(leaks(pd.read_parquet("runs/pitfalls/results.parquet"))),
-            markdown(covariates(summary, summary_of("pitfalls"))),
-        ]
-    return "\n".join(parts)
+        made["leaks"] = leaks(pd.read_parquet("runs/pitfalls/results.parquet"))
+        made["covariates"] = covariates(summary, summary_of("pitfalls"))
+    return {name: markdown(table) for name, table in made.items()}
 
 
-def main(out: Path, workers: int = 1) -> None:
+def publish(page: Path, tables: Mapping[str, str]) -> None:
+    """Puts the tables between their marks on a page, and the figures that it shows beside it."""
+    text = page.read_text(encoding="utf-8")
+    for name, table in tables.items():
+        marks = f"<!-- {name} -->", f"<!-- end of {name} -->"
+        before, _, rest = text.partition(marks[0])
+        _, _, after = rest.partition(marks[1])
+        text = f"{before}{marks[0]}\n\n{table}\n{marks[1]}{after}" if after else text
+    page.write_text(text, encoding="utf-8")
+    for name in re.findall(rf"\({page.stem}-([\w-]+)\.svg\)", text):
+        shutil.copy(f"{name}.svg", page.with_name(f"{page.stem}-{name}.svg"))
+
+
+def main(out: Path, workers: int = 1, page: Path | None = None) -> None:
     """Prepares, sweeps, and writes tables, figures and reports into ``out``."""
+    page = page.resolve() if page is not None else None
     out.mkdir(parents=True, exist_ok=True)
     os.chdir(out)
     for name in DATA:
@@ -303,8 +327,12 @@ def main(out: Path, workers: int = 1) -> None:
     for name in SWEEPS:
         run_sweep(read_sweep(HERE / f"{name}.yaml"), Path("runs") / name, workers=workers, tell=tell)
         write_report(Path("runs") / name)
-    text = write_tables(SWEEPS)
+    write_figures(SWEEPS)
+    tables = make_tables(SWEEPS)
+    text = "\n".join(tables.values())
     Path("tables.md").write_text(text, encoding="utf-8")
+    if page is not None:
+        publish(page, tables)
     tell(text)
     tell(f"It took {time.process_time() / 60:.0f} minutes of one core" + " in this process." * (workers > 1))
 
@@ -318,5 +346,6 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, nargs="?", default=Path("setting-the-bar"))
     parser.add_argument("--workers", type=int, default=1, help="cells at a time")
+    parser.add_argument("--page", type=Path, help="page with marks for the tables; they and the figures are put there")
     given = parser.parse_args()
-    main(given.out, given.workers)
+    main(given.out, given.workers, given.page)

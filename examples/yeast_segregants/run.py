@@ -13,10 +13,12 @@ from pathlib import Path
 
 import pandas as pd
 
+from seqgraft.agreement import Measured
+from seqgraft.effects import EffectsConfig
 from seqgraft.experiment import read_experiment
 from seqgraft.plan import plan_run
 from seqgraft.report import write_report
-from seqgraft.run import evaluate_run, fit_run, prepare
+from seqgraft.run import effects_run, evaluate_run, fit_run, prepare
 
 HERE = Path(__file__).parent
 RECIPES = ("frozen", "full")
@@ -45,7 +47,29 @@ def main(out: Path) -> None:
         write_report(folder)
     write_report(Path("runs"))
     print(table(Path("runs")))
+    print("\nEffects of promoter variants beside a reporter assay (Renganaath et al. 2020)\n")
+    print(beside_reporters(Path("effects")).to_string(index=False))
     print(f"\n{(time.monotonic() - began) / 60:.0f} minutes in all.")
+
+
+def beside_reporters(out: Path) -> pd.DataFrame:
+    """What the fully tuned network says of each variant, and the linear models, beside measured effects."""
+    if not out.exists():
+        measured = Measured(
+            Path(
+                os.environ["SEQGRAFT_SHARED"],
+                "data/personal/yeast_segregants/mpra_promoter_variants_renganaath2020.tsv.gz",
+            ),
+            chrom="chr",
+            position="pos",
+            effect="logFC",
+            gene="gene",
+            significant="adj.P.Val",
+            below=0.05,
+        )
+        effects_run(Path("runs/full"), out, EffectsConfig(measured=measured))
+    found = pd.read_parquet(out / "agreement.parquet")
+    return found[found["fold"] == "all"]
 
 
 def table(runs: Path) -> str:

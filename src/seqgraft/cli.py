@@ -431,6 +431,7 @@ def export(
     from seqgraft.card import write_card
     from seqgraft.errors import ConfigError
     from seqgraft.experiment import read_experiment
+    from seqgraft.models.folders import read_model
     from seqgraft.models.remote_code import allowing
     from seqgraft.run import export_run
 
@@ -443,12 +444,14 @@ def export(
     with allowing(read_experiment(folder / "experiment.yaml").model.remote_code):
         write_card(out)
     _say(f"{out}: merged, with a relative difference of {difference:.1e}.")
+    if not read_model(out).content["heads"]:
+        _say("It has no heads of tracks or labels; those of labels stay in the run.")
 
 
 @app.command()
 def convert(
     source: Annotated[
-        str, typer.Argument(help="A Baskerville .h5 file, or a folder or hub id of Borzoi, Flashzoi or Enformer.")
+        str, typer.Argument(help="A Baskerville .h5 file, or a folder or hub id of the Hugging Face layout.")
     ],
     out: Annotated[Path, typer.Argument(help="New model folder.")],
     name: Annotated[str, typer.Option(help="The model's name.")],
@@ -462,6 +465,9 @@ def convert(
     revision: Annotated[str | None, typer.Option(help="The full commit (hub id).")] = None,
     trained_on: Annotated[
         Path | None, typer.Option(help="The published BED of the regions that the weights were trained on.")
+    ] = None,
+    species: Annotated[
+        str | None, typer.Option(help="The token before each sequence, for checkpoints that have such tokens.")
     ] = None,
     remote_code: Annotated[
         str | None, typer.Option(help="The full commit whose Python files may run, for models made by their own code.")
@@ -479,9 +485,9 @@ def convert(
         if params is None:
             remedy = "Pass --params params.json, which lies beside the weights"
             raise ConfigError("the file of weights does not say how the network is built", source, remedy=remedy)
-        if trained_on is not None or revision is not None or remote_code is not None or set(tables) - {""}:
+        if any(each is not None for each in (trained_on, revision, species, remote_code)) or set(tables) - {""}:
             remedy = "Set model.trained_on where the model is used, and give one table without a name"
-            what = "a Keras file takes no --trained-on, --revision, --remote-code or tables of heads"
+            what = "a Keras file takes no --trained-on, --revision, --species, --remote-code or tables of heads"
             raise ConfigError(what, source, remedy=remedy)
         report = convert_baskerville(
             source, params, out, tables.get(""), name=name, licence=licence or "not stated", citation=citation
@@ -493,7 +499,7 @@ def convert(
         if params is not None or citation:
             what, remedy = "--params and --citation are for a Keras file (.h5)", "Leave them out: they are known here"
             raise ConfigError(what, source, where="convert", remedy=remedy)
-        loaded = load_published(source, revision=revision, targets=tables, remote_code=remote_code)
+        loaded = load_published(source, revision=revision, targets=tables, species=species, remote_code=remote_code)
         report = loaded.report
         seen = None if trained_on is None else regions_of(loaded, trained_on)
         licence = licence or licence_of(source)

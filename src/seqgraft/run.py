@@ -45,7 +45,7 @@ from seqgraft.data.dataset import (
 )
 from seqgraft.donor_scores import evaluate_donors
 from seqgraft.effects import EffectsConfig, Found, write_effects
-from seqgraft.errors import ConfigError, ModelError, Problems, RunError
+from seqgraft.errors import ConfigError, Problems, RunError
 from seqgraft.evaluate import Evaluation, evaluate_model
 from seqgraft.experiment import Experiment, parse_source, read_experiment, read_yaml, settings_of, write_yaml
 from seqgraft.exposure import inherited, test_exposure
@@ -663,6 +663,9 @@ def export_run(
 ) -> float:
     """Merges the run's adapter and writes a model folder that ``model.name`` accepts.
 
+    Heads of tracks with bins go along. Those of labels stay in the run: a model folder has no place for how they pool
+    the bins, nor for covariates. Places of training sequences that have none in a genome cannot be listed.
+
     Args:
         half: round the weights to bfloat16 and store them so, in half the space.
 
@@ -673,20 +676,17 @@ def export_run(
         ModelError: the adapter cannot be merged.
     """
     run = open_run(folder)
-    if any(head.pool != "none" for head in run.model.heads.values() if isinstance(head, Head)):
-        raise ModelError(
-            "only models with bins can be exported as a trunk",
-            str(folder),
-            remedy="Fit it to coverage, or keep its adapter folder beside the model",
-        )
     difference = merge(run.model)
+    model, info = run.model, run.dataset.info
+    if _has_labels(model):
+        model, info, card = SequenceModel(model.trunk, {}, TrackTable.none()), _info_of_trunk(run), _card(run, card)
     parameters = sum(p.numel() for p in run.model.trunk.parameters())
     folds, before = inherited(run.experiment.model, run.dataset)
     save_model(
-        run.model,
+        model,
         Path(out),
         name=name,
-        info=run.dataset.info,
+        info=info,
         licence=licence or run.model.trunk.spec.licence,
         citation=citation or run.model.trunk.spec.citation,
         trained_on=_seen(run, before),
@@ -699,9 +699,35 @@ def export_run(
     return difference
 
 
-def _seen(run: Run, before: pd.DataFrame | None) -> pd.DataFrame:
+def _has_labels(model: SequenceModel) -> bool:
+    """Whether heads pool the bins of a sequence into one."""
+    return any(head.pool != "none" for head in model.heads.values() if isinstance(head, Head))
+
+
+def _info_of_trunk(run: Run) -> DatasetInfo:
+    """Window and bins of the trunk alone, as long as the longest sequence of the run's labels."""
+    dataset, trunk = run.dataset, run.model.trunk
+    longest = dataset.info.window or int(np.max(np.asarray(dataset.lengths)))
+    window = -(-longest // trunk.stride) * trunk.stride
+    size = trunk.spec.bin_size or window
+    bins = max(1, window // size - 2 * type(trunk).drops)
+    return replace(dataset.info, window=window, bins=bins, bin_size=size)
+
+
+def _card(run: Run, text: str) -> str:
+    """The card, and what the folder of a run of labels does not hold."""
+    names = ", ".join(run.model.tracks.names)
+    more = f"The trunk of a run on labels ({names}). Their heads are not part of it."
+    if run.dataset.genome is None:
+        more += " Its training sequences have no places in a genome, so no leak check finds them."
+    return f"{text.rstrip()}\n\n{more}\n".lstrip()
+
+
+def _seen(run: Run, before: pd.DataFrame | None) -> pd.DataFrame | None:
     """The windows that the weights were fitted to: those of this run, and those of the model it started from."""
     info = run.dataset.info
+    if run.dataset.genome is None:
+        return before
     fitted = run.dataset.regions[run.dataset.regions["fold"] == "train"][["chrom", "start", "end", "fold"]].copy()
     margin = (info.window - info.bins * info.bin_size) // 2
     fitted["start"], fitted["end"] = (fitted["start"] - margin).clip(lower=0), fitted["end"] + margin

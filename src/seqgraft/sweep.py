@@ -4,7 +4,7 @@
 
     runs/sweep/
       sweep.yaml           what was asked for
-      cells/NAME-HASH/     one run directory per cell, with cell.json; HASH is of settings and data
+      cells/NAME-HASH/     one run directory per cell, with cell.json; HASH is of settings, data and pretrained weights
       baselines/           predictions of the baselines, one file per data set, fold and settings
       results, summary, tests   .parquet and .csv
 """
@@ -31,7 +31,7 @@ from seqgraft.evaluate import fold_baselines
 from seqgraft.experiment import Experiment, settings_of, write_yaml
 from seqgraft.grids import Method, SweepConfig, canonical, methods_of, proposals
 from seqgraft.losses import MaskedTokens
-from seqgraft.models.weights import is_random
+from seqgraft.models.weights import is_random, pretrained_of
 from seqgraft.plan import plan_run
 from seqgraft.progress import progress
 from seqgraft.results import Entry, Tables, make_tables, method_of
@@ -47,16 +47,29 @@ class _Sweep:
         self.config, self.folder = config, Path(folder)
         self.methods = methods_of(config)
         self._datasets: dict[Path, Dataset] = {}
+        self._weights: dict[str, str] = {}
 
     def dataset(self, experiment: Experiment) -> Dataset:
         if experiment.data not in self._datasets:
             self._datasets[experiment.data] = open_dataset(experiment.data)
         return self._datasets[experiment.data]
 
+    def weights(self, experiment: Experiment) -> str:
+        """Hash of the pretrained weights: a model folder may be made again under its name. Empty if there are none."""
+        key = canonical(experiment.model)
+        if key not in self._weights:
+            try:
+                found = pretrained_of(experiment.model)
+            except SeqgraftError:  # its cells fail by it, each with this message, and the others are run
+                found = None
+            self._weights[key] = "" if found is None else str(found.content["weights_sha256"])
+        return self._weights[key]
+
     def job(self, experiment: Experiment, *, tested: bool) -> Job:
         """How a cell is scored does not change its name, so that it may be scored again."""
         settings = {k: v for k, v in settings_of(experiment).items() if k not in ("data", "evaluate")}
-        text = json.dumps([settings, self.dataset(experiment).hash], sort_keys=True, default=str)
+        made_of = [settings, self.dataset(experiment).hash, self.weights(experiment)]
+        text = json.dumps(made_of, sort_keys=True, default=str)
         digest = hashlib.sha256(text.encode()).hexdigest()[:8]
         label = re.sub(r"[^a-z0-9]+", "-", label_of(experiment).lower()).strip("-")[:40]
         name = f"{label}-s{experiment.train.seed}-{digest}"

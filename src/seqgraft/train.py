@@ -174,10 +174,10 @@ class _Progress:
 
 
 class _GradientGuard:
-    """Looks at the gradients of the first optimiser steps."""
+    """Looks at the gradients of the first optimiser steps; later on units may have died, which is no mistake."""
 
-    def __init__(self, model: SequenceModel) -> None:
-        self._model, self._checks = model, 0
+    def __init__(self, model: SequenceModel, done: bool) -> None:
+        self._model, self._checks = model, _GRADIENT_CHECKS if done else 0
         # the gradient of a bias may be zero for good, as in a difference of two predictions
         self._alive = {name for name, _ in model.named_parameters() if name.endswith("bias")}
 
@@ -239,7 +239,7 @@ def fit(
             _write_log(folder / "log.csv", state.log)
     model.trunk.checkpointing = config.checkpointing
     wrapped = accelerator.prepare_model(model) if world > 1 else model
-    guard = _GradientGuard(model)
+    guard = _GradientGuard(model, done=state.epoch > 0 or state.step >= _GRADIENT_CHECKS)
     held = [*tensors_of(model), *_optimizer_tensors(optimizer).values()]
     live = LiveBytes(beside=held)
     began, saved = time.monotonic() - state.seconds, time.monotonic()

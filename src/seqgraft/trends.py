@@ -7,6 +7,7 @@ in all of them, by its place in ``methods``.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -105,6 +106,7 @@ def epoch_curves(frame: pd.DataFrame, *, title: str, ylabel: str, methods: Seque
                 axes.plot(
                     run["epoch"], run["value"], color=COLOURS[number % len(COLOURS)], linewidth=1.1,
                     marker=MARKERS[number % len(MARKERS)], markersize=3, label=None if position else method,
+                    fillstyle=_fill(number), linestyle="-" if number < len(COLOURS) else "--",
                 )  # fmt: skip
         axes.set_xlabel("epoch")
         axes.set_ylabel(ylabel)
@@ -120,11 +122,16 @@ def _points(
     colour, marker = COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
     value, low, high = (part[name].to_numpy(np.float64) for name in ("value", "low", "high"))
     axes.vlines(x, low, high, color=colour, linewidth=1.3)
-    filled = "full" if number < len(COLOURS) else "none"
     line = "-" if joined else "none"
     axes.plot(
-        x, value, color=colour, linestyle=line, linewidth=1, marker=marker, markersize=5, fillstyle=filled, label=label
-    )
+        x, value, color=colour, linestyle=line, linewidth=1, marker=marker, markersize=5, fillstyle=_fill(number),
+        label=label,
+    )  # fmt: skip
+
+
+def _fill(number: int) -> Literal["full", "none"]:
+    """Hollow markers where colours begin again."""
+    return "full" if number < len(COLOURS) else "none"
 
 
 def _lines(axes: Axes, floors: Mapping[str, float]) -> None:

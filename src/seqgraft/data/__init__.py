@@ -13,6 +13,7 @@ from typing import Any
 from seqgraft.data.coverage import CoverageSource, prepare_coverage
 from seqgraft.data.dataset import Dataset, check_new_folder, open_dataset
 from seqgraft.data.fragments import FragmentSource, prepare_fragments
+from seqgraft.data.h5ad import H5adSource, prepare_h5ad
 from seqgraft.data.labelled import LabelledSource, prepare_labelled
 from seqgraft.data.peaks import PeakSource, prepare_peaks
 from seqgraft.data.personal import PersonalSource, prepare_personal
@@ -24,6 +25,7 @@ __all__ = ["SOURCES", "Dataset", "open_dataset", "prepare_source"]
 SOURCES: dict[str, tuple[type, Callable[[Any, Path], Dataset]]] = {
     "coverage": (CoverageSource, prepare_coverage),
     "fragments": (FragmentSource, prepare_fragments),
+    "h5ad": (H5adSource, prepare_h5ad),
     "labelled": (LabelledSource, prepare_labelled),
     "peaks": (PeakSource, prepare_peaks),
     "personal": (PersonalSource, prepare_personal),

@@ -16,8 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
@@ -28,9 +27,10 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
+from seqgraft.data.h5ad_files import MISSING, check_column, open_h5ad
 from seqgraft.errors import ConfigError, DataError, Problems
 
-__all__ = ["CellLabels", "Cells", "Matcher", "half_of", "read_cells"]
+__all__ = ["CellLabels", "Cells", "Matcher", "half_of", "read_cells", "rename_groups"]
 
 STEPS = ("as written", "without the sample", "without the number")
 SEPARATORS = "#_:-."
@@ -99,7 +99,7 @@ def read_cells(labels: CellLabels, merge: Mapping[str, Sequence[str]], drop: Seq
     """
     table = _table(labels)
     known = table["group"] != ""
-    new_name = _new_names(sorted(set(table.loc[known, "group"])), merge, drop)
+    new_name = rename_groups(sorted(set(table.loc[known, "group"])), merge, drop)
     group = table["group"].map(new_name)  # missing where there is none, or it is dropped
     kept = table[group.notna()].assign(group=group.dropna())
     keys = ["barcode", "sample"] if labels.sample else ["barcode"]
@@ -124,8 +124,13 @@ def read_cells(labels: CellLabels, merge: Mapping[str, Sequence[str]], drop: Seq
     )
 
 
-def _new_names(names: Sequence[str], merge: Mapping[str, Sequence[str]], drop: Sequence[str]) -> dict[str, str]:
-    """Group of the table -> group of the dataset; dropped ones are not in it."""
+def rename_groups(names: Sequence[str], merge: Mapping[str, Sequence[str]], drop: Sequence[str]) -> dict[str, str]:
+    """Group of the table -> group of the dataset; dropped ones are not in it.
+
+    Raises:
+        ConfigError: groups that are named twice.
+        DataError: groups that the table lacks.
+    """
     problems = Problems(DataError)
     listed = [(f"merge.{new}", old) for new, olds in merge.items() for old in olds] + [("drop", old) for old in drop]
     for where, old in listed:
@@ -151,17 +156,19 @@ def _table(labels: CellLabels) -> pd.DataFrame:
         raise DataError("the table of cell labels does not exist", where=path, remedy="Check the path")
     wanted = {"group": labels.group, "barcode": labels.barcode, "sample": labels.sample}
     if path.suffix == ".h5ad":
-        columns = _read_obs(path, wanted)
+        kept = {name: column for name, column in wanted.items() if column is not None or name == "barcode"}
+        with open_h5ad(path) as file:
+            columns = file.columns("obs", kept)
     else:
         table = _read_text(path)
         wanted["barcode"] = labels.barcode or str(table.columns[0])
         columns = {}
         for name, column in wanted.items():
             if column is not None:
-                _check_column(column, [str(c) for c in table.columns], path)
+                check_column(column, [str(c) for c in table.columns], path)
                 columns[name] = table[column].fillna("").astype(str).tolist()
     frame = pd.DataFrame(columns)
-    frame["group"] = frame["group"].replace(dict.fromkeys(("NA", "NaN", "nan", "None"), ""))
+    frame["group"] = frame["group"].replace(dict.fromkeys(MISSING, ""))
     return frame
 
 
@@ -175,75 +182,6 @@ def _read_text(path: Path) -> pd.DataFrame:
     except (ValueError, OSError) as error:  # what pandas and pyarrow raise derives from these
         remedy = "Give .csv with commas, .tsv with tabs, .parquet or .h5ad"
         raise DataError(f"the table of cell labels cannot be read ({error})", where=path, remedy=remedy) from error
-
-
-def _check_column(column: str, columns: Sequence[str], path: Path) -> None:
-    if column not in columns:
-        remedy = f"Choose from {', '.join(columns)}"
-        raise DataError("the table of cell labels has no column", column, where=path, remedy=remedy)
-
-
-# AnnData
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[Any]:
-    try:
-        import h5py
-    except ImportError as error:
-        what = "reading .h5ad files needs the package h5py, which is not installed"
-        raise DataError(what, str(path), remedy="pip install 'seqgraft[h5]'") from error
-    try:
-        with h5py.File(path, "r") as file:
-            yield file
-    except (OSError, RuntimeError, KeyError) as error:
-        remedy = "The file may be truncated, or written by an AnnData before 0.7: write it again"
-        raise DataError(f"the .h5ad cannot be read ({error})", where=path, remedy=remedy) from error
-
-
-def _read_obs(path: Path, wanted: Mapping[str, str | None]) -> dict[str, list[str]]:
-    with _opened(path) as file:
-        obs = _node(file, "obs", path)
-        index = str(obs.attrs["_index"])
-        names = [str(name) for name in obs if name != "__categories"]
-        found = {}
-        for name, column in wanted.items():
-            if column is not None or name == "barcode":
-                _check_column(column or index, names, path)
-                found[name] = _column(obs, column or index, path)
-        return found
-
-
-def _node(parent: Any, name: str, path: Path) -> Any:
-    """A member of a group; nothing outside the file is followed."""
-    if type(parent.get(name, getlink=True)).__name__ != "HardLink":
-        raise DataError("the .h5ad lacks this, or links to another place, which is not followed", name, where=path)
-    node = parent[name]
-    if hasattr(node, "dtype") and (node.external or node.is_virtual):
-        raise DataError("a column lies in another file, which is not read", name, where=path)
-    return node
-
-
-def _column(obs: Any, name: str, path: Path) -> list[str]:
-    """A column of ``obs`` as text; categories by their names, "" where it is missing."""
-    node = _node(obs, name, path)
-    if not hasattr(node, "dtype"):  # a group
-        if "categories" in node:
-            return _named(_node(node, "codes", path)[()], _texts(_node(node, "categories", path)))
-        values = _texts(_node(node, "values", path))
-        return ["" if missing else value for value, missing in zip(values, _node(node, "mask", path)[()], strict=True)]
-    if "__categories" in obs and name in obs["__categories"]:  # as AnnData 0.7 wrote it
-        return _named(node[()], _texts(_node(_node(obs, "__categories", path), name, path)))
-    return _texts(node)
-
-
-def _named(codes: Any, categories: list[str]) -> list[str]:
-    return [categories[code] if code >= 0 else "" for code in codes.tolist()]
-
-
-def _texts(node: Any) -> list[str]:
-    values = node.asstr()[()] if node.dtype.kind in "OS" else node[()]
-    return [str(value) for value in values.tolist()]
 
 
 # Barcodes

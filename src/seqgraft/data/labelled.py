@@ -12,7 +12,6 @@ from typing import IO, Any, Literal, cast
 
 import numpy as np
 import pandas as pd
-from numpy.typing import NDArray
 
 from seqgraft.data.covariates import Covariates, standardise
 from seqgraft.data.dataset import Dataset, DatasetInfo, hash_file, open_dataset, write_dataset
@@ -24,14 +23,14 @@ from seqgraft.data.duplicates import (
     resolve_duplicates,
 )
 from seqgraft.data.folds import FoldPlaces, Folds, assign_folds
-from seqgraft.data.labels import Label, class_weights, read_label, track_table
+from seqgraft.data.labels import Label, Target, class_weights, read_label, track_table
 from seqgraft.data.tables import fasta_records
 from seqgraft.errors import ConfigError, DataError, Problems
 from seqgraft.genome import Genome, Interval, match_chroms
 from seqgraft.progress import progress
 from seqgraft.sequence import PAD, Codes, count_unknown, encode, reverse_complement
 
-__all__ = ["LabelledFile", "LabelledSource", "prepare_labelled"]
+__all__ = ["LabelledFile", "LabelledRows", "LabelledSource", "prepare_labelled", "write_labelled"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,13 +140,46 @@ def prepare_labelled(source: LabelledSource, folder: Path) -> Dataset:
     Raises:
         DataError: bad rows (all of them at once), folds that overlap or are empty, or copies across folds.
     """
-    folder = Path(folder)
     table = _read_files(source)
     places = [f"{name} row {row}" for name, row in zip(table["source"], table["source_row"], strict=True)]
-    genome = Genome.open(source.genome) if source.genome is not None else None
     problems = Problems(DataError)
     targets = [read_label(table, label, places, problems) for label in source.labels]
     covariates, irregular = source.covariate_columns.read(table, places, problems)
+    settings = {**asdict(source), "labels": [asdict(target.label) for target in targets]}
+    rows = LabelledRows(table, places, targets, covariates, irregular, settings)
+    return write_labelled(rows, source, folder, problems)
+
+
+@dataclass(frozen=True, slots=True)
+class LabelledRows:
+    """What sources of labelled sequences end in.
+
+    Attributes:
+        table: the columns of sequences or intervals and those that folds name, with name, source and source_row.
+        places: where each row was read, for messages.
+        targets: with values ``(rows, tracks)``.
+        covariates: a column for each, or none.
+        notes: what is worth telling.
+        settings: to be recorded.
+    """
+
+    table: pd.DataFrame
+    places: Sequence[str]
+    targets: Sequence[Target]
+    covariates: pd.DataFrame
+    notes: Mapping[str, Any]
+    settings: Mapping[str, Any]
+
+
+def write_labelled(rows: LabelledRows, source: LabelledSource, folder: Path, problems: Problems) -> Dataset:
+    """Place, audit and write rows that were read; ``problems`` are those found so far.
+
+    Raises:
+        DataError: as :func:`prepare_labelled`.
+    """
+    folder = Path(folder)
+    table, places = rows.table, rows.places
+    genome = Genome.open(source.genome) if source.genome is not None else None
     regions = _regions(table, source, genome, places, problems)
     problems.raise_if_any()
     sequences, notes = _read_sequences(table, regions, source, genome, places)
@@ -160,22 +192,21 @@ def prepare_labelled(source: LabelledSource, folder: Path) -> Dataset:
     listing = folder.with_name(f"{folder.name}.duplicates.tsv")
     keep = resolve_duplicates(report, source.duplicates, len(regions), places, listing)
     kept = np.flatnonzero(keep)
-    notes |= {**irregular, "duplicates": report.summary(), "duplicates_dropped": len(regions) - len(kept)}
+    notes |= {**rows.notes, "duplicates": report.summary(), "duplicates_dropped": len(regions) - len(kept)}
     regions = regions.iloc[kept].assign(copied=copied_rows(report, keep)).reset_index(drop=True)
-    targets = [replace(target, values=target.values[kept]) for target in targets]
+    targets = [replace(target, values=target.values[kept]) for target in rows.targets]
     train = np.flatnonzero(regions["fold"] == "train")
     tracks = track_table(targets, train)
     values = np.concatenate([target.values for target in targets], axis=1)
     notes["rows_without_labels"] = int(np.isnan(values).all(axis=1).sum())
-    scaled, scaling = standardise(covariates.iloc[kept], train, source.covariates)
+    scaled, scaling = standardise(rows.covariates.iloc[kept], train, source.covariates)
     settings = {
-        **asdict(source),
-        "labels": [asdict(target.label) for target in targets],
+        **rows.settings,
         "class_weights": class_weights(targets, train) if source.class_weights == "balanced" else {},
         "covariate_scaling": scaling,
     }
-    codes, lengths = _pad([sequences[row] for row in kept])
-    width = codes.shape[1] if (lengths == codes.shape[1]).all() else 0
+    lengths = np.array([sequences[row].size for row in kept], dtype=np.int64)
+    width = int(lengths.max()) if (lengths == lengths.max()).all() else 0
     info = DatasetInfo(
         kind="labelled",
         window=width,
@@ -188,9 +219,12 @@ def prepare_labelled(source: LabelledSource, folder: Path) -> Dataset:
     )
     with write_dataset(folder, (len(kept), len(tracks), 1)) as writer:
         writer.targets[:, :, 0] = values
-        stored, sizes = (codes, lengths) if genome is None else (None, None)
         more = scaled if len(scaled.columns) else None
-        writer.finish(info, regions, tracks, codes=stored, lengths=sizes, covariates=more)
+        if genome is None:
+            codes = _pad([sequences[row] for row in kept], int(lengths.max()))
+            writer.finish(info, regions, tracks, codes=codes, lengths=lengths, covariates=more)
+        else:
+            writer.finish(info, regions, tracks, covariates=more)
     return open_dataset(folder)
 
 
@@ -396,9 +430,8 @@ def _truncate(
     return [codes[at : at + longest] for codes, at in zip(sequences, first, strict=True)], over
 
 
-def _pad(sequences: Sequence[Codes]) -> tuple[Codes, NDArray[np.int64]]:
-    lengths = np.array([codes.size for codes in sequences], dtype=np.int64)
-    padded = np.full((len(sequences), int(lengths.max())), PAD, dtype=np.uint8)
+def _pad(sequences: Sequence[Codes], width: int) -> Codes:
+    padded = np.full((len(sequences), width), PAD, dtype=np.uint8)
     for row, codes in enumerate(sequences):
         padded[row, : codes.size] = codes
-    return padded, lengths
+    return padded

@@ -76,11 +76,15 @@ class Label:
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """A label with its task and classes resolved: track names and values ``(rows, tracks)``, NaN where missing."""
+    """A label with its task and classes resolved: track names and values ``(rows, tracks)``, NaN where missing.
+
+    ``conditions``, if there are any, say what each track is a measurement of.
+    """
 
     label: Label
     names: list[str]
     values: NDArray[np.float32]
+    conditions: Sequence[str] = ()
 
     @property
     def link(self) -> str:
@@ -210,9 +214,12 @@ def track_table(targets: Sequence[Target], train: NDArray[np.int64]) -> TrackTab
     problems = Problems(DataError)
     rows: list[dict[str, Any]] = []
     for target in targets:
-        for name, values in zip(target.names, target.values[train].T.astype(np.float64), strict=True):
+        conditions = target.conditions or [""] * len(target.names)
+        columns = zip(target.names, conditions, target.values[train].T.astype(np.float64), strict=True)
+        for name, condition, values in columns:
             known = values[~np.isnan(values)]
             row: dict[str, Any] = {"name": name, "group": target.label.group, "link": target.link, "strand_pair": name}
+            row["condition"] = condition
             if known.size < 2 or known.min() == known.max():
                 value = "nothing" if not known.size else float(known[0])
                 remedy = "Check the folds, or leave the label out"

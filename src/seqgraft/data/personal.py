@@ -34,35 +34,17 @@ from seqgraft.data.dataset import Dataset, DatasetInfo, hash_file, open_dataset,
 from seqgraft.data.donors import find_sequences, save_donors
 from seqgraft.data.expression import Expression, correct, read_expression, read_text_table
 from seqgraft.data.folds import Folds, assign_folds
+from seqgraft.data.gene_starts import GeneTable, read_gene_starts
 from seqgraft.data.genotypes import Genotypes, Missing, Unphased
 from seqgraft.dosage import heritability
 from seqgraft.errors import ConfigError, DataError, Problems
-from seqgraft.genome import Genome, Interval, match_chroms, read_gtf
+from seqgraft.genome import Genome, Interval
 from seqgraft.progress import progress
 from seqgraft.tracks import TrackTable
 
 __all__ = ["DonorTable", "Expression", "GeneTable", "PersonalSource", "Selection", "prepare_personal"]
 
 Floats = npt.NDArray[np.float64]
-
-
-@dataclass(frozen=True)
-class GeneTable:
-    """Where genes start: a table, a GTF, or nothing where expression is a BED.
-
-    Attributes:
-        file: tab- or comma-separated, with the columns that the next four name; ``tss`` is 1-based.
-        gtf: instead of a table: genes start at the first base of their exons, on the minus strand at the last.
-        keep: a text file with one gene per line: no others.
-    """
-
-    file: Path | None = None
-    gene: str = "gene"
-    chrom: str = "chrom"
-    tss: str = "tss"
-    strand: str = "strand"
-    gtf: Path | None = None
-    keep: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -144,7 +126,7 @@ def prepare_personal(source: PersonalSource, folder: Path) -> Dataset:
     folder = Path(folder)
     genome = Genome.open(source.genome)
     values, places = read_expression(source.expression)
-    genes = _read_genes(source, places, genome)
+    genes = read_gene_starts(source.genes, genome, source.rename, (places, source.expression.file))
     table = _read_donors(source.donors, list(values.columns))
     notes: dict[str, Any] = {
         "genes_without_a_start": int((~values.index.isin(genes["gene"])).sum()),
@@ -282,59 +264,6 @@ def _cross(genes: npt.NDArray[np.str_], donors: npt.NDArray[np.str_]) -> npt.NDA
 
 
 # ---- reading ----
-
-
-def _read_genes(source: PersonalSource, places: pd.DataFrame, genome: Genome) -> pd.DataFrame:
-    """gene, chrom, tss (0-based), strand, and further columns that folds may name."""
-    settings = source.genes
-    if settings.gtf is not None:
-        exons = read_gtf(settings.gtf, rename=source.rename)
-        grouped = exons.groupby("gene_id", sort=False)
-        genes = grouped.agg(
-            chrom=("chrom", "first"), strand=("strand", "first"), low=("start", "min"), high=("end", "max")
-        )
-        genes["tss"] = np.where(genes["strand"] == "-", genes["high"] - 1, genes["low"])
-        genes = genes.rename_axis("gene").reset_index().drop(columns=["low", "high"])
-        path: Path = settings.gtf
-    elif settings.file is not None:
-        genes, path = _gene_table(settings), settings.file
-    else:
-        genes, path = places.copy(), source.expression.file
-    genes["chrom"] = genes["chrom"].map(lambda name: source.rename.get(name, name))
-    if settings.keep is not None:
-        listed = set(settings.keep.read_text().split())
-        genes = genes[genes["gene"].isin(listed)]
-    match_chroms(genes["chrom"].unique(), genome, path, more=True)
-    genes = genes[genes["chrom"].isin(genome.chroms)].reset_index(drop=True)
-    sizes = genes["chrom"].map(genome.chroms)
-    beyond = genes[(genes["tss"] < 0) | (genes["tss"] >= sizes)]
-    if len(beyond):
-        row = beyond.iloc[0]
-        remedy = "Is the table of genes of the same assembly?"
-        what = f"{len(beyond)} genes start beyond their contig, such as {row['gene']} at"
-        raise DataError(what, f"{row['chrom']}:{row['tss'] + 1}", where=path, remedy=remedy)
-    return genes
-
-
-def _gene_table(settings: GeneTable) -> pd.DataFrame:
-    assert settings.file is not None
-    table = read_text_table(settings.file, "table of genes")
-    wanted = {settings.gene: "gene", settings.chrom: "chrom", settings.tss: "tss", settings.strand: "strand"}
-    if lacking := [name for name in wanted if name not in table]:
-        remedy = f"It has {', '.join(table.columns)}: name them under genes"
-        raise DataError("the table of genes lacks columns", lacking, where=settings.file, remedy=remedy)
-    problems = Problems(DataError)
-    for name in table[settings.gene][table[settings.gene].duplicated()].unique()[:5]:
-        problems.add("a gene is there twice", name, where=settings.file, remedy="Keep one of them")
-    tss = pd.to_numeric(table[settings.tss], errors="coerce")
-    for row in np.flatnonzero(tss.isna() | (tss < 1) | (tss % 1 != 0))[:20]:
-        where = f"{settings.file} row {row + 1}, column {settings.tss}"
-        problems.add("this is no position", table[settings.tss].iloc[row], where=where, remedy="Write it 1-based")
-    for row in np.flatnonzero(~table[settings.strand].isin(["+", "-", "."]))[:20]:
-        where = f"{settings.file} row {row + 1}, column {settings.strand}"
-        problems.add("this is no strand", table[settings.strand].iloc[row], where=where, remedy="Write +, - or .")
-    problems.raise_if_any()
-    return table.rename(columns=wanted).assign(tss=tss.astype(np.int64) - 1)
 
 
 def _read_donors(settings: DonorTable | None, names: list[str]) -> pd.DataFrame:

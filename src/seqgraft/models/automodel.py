@@ -29,7 +29,7 @@ from torch.nn import functional
 from seqgraft.errors import ModelError
 from seqgraft.models.base import Stage, State, Trunk, TrunkSpec
 from seqgraft.models.huggingface import refusals
-from seqgraft.models.language import _bases, _Final, pieces
+from seqgraft.models.language import ToBins, bases_of, pieces
 from seqgraft.models.remote_code import class_of
 from seqgraft.models.stages import Crop
 from seqgraft.models.tokens import Blocks, BytePairs, Overlapping
@@ -144,7 +144,7 @@ class AutoTrunk(Trunk):
             {
                 "embeddings": _Embeddings(tokeniser, table, bin_size),
                 "model": _Model(inner, not code and config.get("model_type") in MASKED),
-                "final": _Final(bin_size, None),
+                "final": ToBins(bin_size, None),
                 "crop": Crop(crop),
             }
         )
@@ -275,7 +275,7 @@ class _Embeddings(Stage):
         self.tokeniser, self.table, self.bin_size = tokeniser, table, bin_size
 
     def forward(self, state: State) -> State:
-        codes, lengths, first = _bases(state)
+        codes, lengths, first = bases_of(state)
         found = self.tokeniser.encode(codes, lengths)
         more = max(0, self._most(codes.shape[1]) - found.ids.shape[1])  # so that the shape says how many there are
         x = self.table(functional.pad(found.ids, (0, more), value=self.tokeniser.vocabulary.padding))

@@ -51,6 +51,7 @@ __all__ = [
     "convert_published",
     "find_model",
     "is_like",
+    "read_model",
     "register",
     "save_model",
 ]
@@ -112,7 +113,7 @@ class Pretrained:
 def bundled_models() -> dict[str, Pretrained]:
     """The models that come with the package, by name."""
     folder = Path(__file__).parent.parent / "trunks"
-    return {path.parent.name: _read_folder(path.parent) for path in sorted(folder.glob("*/model.json"))}
+    return {path.parent.name: read_model(path.parent) for path in sorted(folder.glob("*/model.json"))}
 
 
 def find_model(
@@ -149,17 +150,17 @@ def _find(name: str, revision: str | None, species: str | None, remote_code: str
     bundled, ours = bundled_models(), (Path(name) / "model.json").exists()
     foreign = name not in TRUNKS and name not in bundled and not ours
     if foreign and is_hub_id(name) and not Path(name).is_dir():
-        return _read_folder(_converted(name, revision, species, remote_code))
+        return read_model(_converted(name, revision, species, remote_code))
     if revision is not None:
         raise ConfigError("only a hub id has a revision", revision, where="model.revision", remedy="Leave it out")
     if foreign and (Path(name) / "config.json").exists():
-        return _read_folder(_converted_folder(Path(name), species, remote_code))
+        return read_model(_converted_folder(Path(name), species, remote_code))
     if name in TRUNKS:
         return None
     if name in bundled:
         return bundled[name]
     if ours:
-        return _read_folder(Path(name))
+        return read_model(Path(name))
     paths = "the path of a folder with a model.json, or with a config.json and weights as the hub has them"
     remedy = f"Choose one of {sorted([*bundled, *TRUNKS])}, {paths}, or a hub id"
     raise ConfigError("there is no such model", name, where="model.name", remedy=remedy)
@@ -228,7 +229,13 @@ def is_like(value: object, default: object) -> bool:
     return default is None or type(value) is type(default)
 
 
-def _read_folder(folder: Path) -> Pretrained:
+def read_model(folder: Path) -> Pretrained:
+    """A model folder of ours.
+
+    Raises:
+        ConfigError: it has no valid description.
+        ModelError: an unknown architecture.
+    """
     path = folder / "model.json"
     try:
         content = json.loads(path.read_text())

@@ -33,7 +33,7 @@ from seqgraft.models.tokens import Blocks, BytePairs, Overlapping, Tokens, known
 from seqgraft.models.vocabulary import Vocabulary
 from seqgraft.sequence import PAD, N
 
-__all__ = ["KINDS", "Language", "pieces"]
+__all__ = ["KINDS", "Language", "ToBins", "bases_of", "pieces"]
 
 KINDS = ("overlapping", "blocks", "byte_pairs")
 _BESIDE = {"tokens": 0, "bins": 0}  # what the last stage reads of the first
@@ -131,7 +131,7 @@ class Language(Trunk):
             stages[f"layer_{i}"] = Layer(family, channels, heads, hidden, (dropout, attention_dropout), eps)
         for stage in stages.values():
             stage.ragged = tokens == "byte_pairs"
-        stages["final"] = _Final(bin_size, nn.LayerNorm(channels, eps=eps) if facts.norm_first else None)
+        stages["final"] = ToBins(bin_size, nn.LayerNorm(channels, eps=eps) if facts.norm_first else None)
         stages["crop"] = Crop(crop)
         self.stages = nn.ModuleDict(stages)
         self.spec = TrunkSpec(name="language", channels=channels, bin_size=bin_size, sites=self._sites())
@@ -235,7 +235,7 @@ class _Embeddings(Stage):
                 nn.init.normal_(table.weight, std=0.02)
 
     def forward(self, state: State) -> State:
-        codes, lengths, first = _bases(state)
+        codes, lengths, first = bases_of(state)
         found = self.tokeniser.encode(codes, lengths)
         more = max(0, self._usual(codes.shape[1]) - found.ids.shape[1])  # so that the shape says how many there are
         ids = functional.pad(found.ids, (0, more), value=self.tokeniser.vocabulary.padding)
@@ -279,7 +279,7 @@ class _Embeddings(Stage):
         return functional.avg_pool1d(there, self.bin_size or there.shape[-1])
 
 
-def _bases(state: State) -> tuple[Tensor, Tensor, Tensor]:
+def bases_of(state: State) -> tuple[Tensor, Tensor, Tensor]:
     """Base codes and lengths of one-hot sequences, padded at the right alone, and where each began.
 
     Raises:
@@ -298,7 +298,7 @@ def _bases(state: State) -> tuple[Tensor, Tensor, Tensor]:
     return codes.masked_fill(~state.valid, PAD).gather(1, at), state.valid.sum(1), first
 
 
-class _Final(Stage):
+class ToBins(Stage):
     """Tokens to bins: each base has the mean of the tokens that cover it, each bin the mean of its bases. Global."""
 
     reads = _BESIDE

@@ -144,6 +144,8 @@ def _scores_section(run: RunFiles) -> Section | None:
 def _summary(run: RunFiles, scores: Scores) -> Table:
     keys = [key for key in scores.keys() if not _is_of_cells(key)]  # noqa: SIM118  # it is no mapping
     models = [run.label, *(model for model in scores.models if model != run.label)]
+    keys = [key for key in keys if any(scores.get(model, key) for model in models)] or keys[:1]  # some cannot be tested
+    models = [model for model in models if model == run.label or any(scores.get(model, key) for key in keys)]
     rows = tuple((Cell(words(model)), *(Cell.score(scores.get(model, key)) for key in keys)) for model in models)
     folds = sorted({key.fold for key in keys})
     columns = tuple(key.column + (f", {key.fold}" if len(folds) > 1 else "") for key in keys)
