@@ -21,7 +21,7 @@ records out of order                        sorted and counted
 another ploidy on the same contig           refused (sex chromosomes: leave the pseudo-autosomal regions out)
 two alleles that overlap on one haplotype   the first one is applied, as ``bcftools consensus`` does; counted
 a donor twice                               refused
-a donor that is not asked for, or not there left out, listed and counted
+a donor not asked for, or not there         left out, listed and counted
 ==========================================  ==========================================================================
 
 Skipped alleles (symbolic, letters, N) that are more than 1 % of those that donors carry are refused.
