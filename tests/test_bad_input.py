@@ -520,7 +520,7 @@ CASES = [
     # YAML
     Case("unknown key", 2, lambda f: f.experiment(train={"epoch": 1}), "experiment.yaml: train", "'epoch'", "'epochs'"),
     Case("unknown key of a source", 2, lambda f: f.coverage(windw=3), "data.yaml", "'windw'", "'window'"),
-    Case("unknown kind", 2, lambda f: f.coverage(kind="coverages"), "data.yaml", "'coverages'", "coverage, labelled"),
+    Case("unknown kind", 2, lambda f: f.coverage(kind="coverages"), "data.yaml", "'coverages'", "coverage, fragments"),
     Case(
         "unknown adapter",
         2,
@@ -707,14 +707,6 @@ CASES = [
         "a.html",
         "cannot be written",
         "another place",
-    ),
-    Case(
-        "export of labels",
-        4,
-        lambda f: ["export", str(f.run("labels")), str(f / "out"), "--name", "x"],
-        "run",
-        "bins",
-        "adapter",
     ),
     Case(
         "export without a card",

@@ -49,7 +49,7 @@ from seqgraft.experiment import (
 from seqgraft.genes import GeneSettings, read_fold_changes
 from seqgraft.genome import Genome, Interval, read_bed_table, read_gtf, read_vcf
 from seqgraft.grids import Range, Search, SweepConfig, methods_of, read_sweep
-from seqgraft.losses import LOSSES, TOKEN_LOSSES
+from seqgraft.losses import LOSSES, PAIR_LOSSES, TOKEN_LOSSES
 from seqgraft.models.weights import ModelConfig
 from seqgraft.oracle import grammar
 from seqgraft.plan import plan_run
@@ -71,7 +71,7 @@ YAMLS = sorted(EXAMPLES.glob("*/*.yaml"))
 CONFIGURED: list[type] = [
     *(source for source, _ in SOURCES.values()),
     *ADAPTERS.values(),
-    *(*LOSSES.values(), *TOKEN_LOSSES.values()),
+    *(*LOSSES.values(), *PAIR_LOSSES.values(), *TOKEN_LOSSES.values()),
     *(Experiment, ModelConfig, TrainConfig, Augmentation, EvaluateConfig, KmerSettings, GenesConfig, GeneSettings),
     *(Folds, Label, LabelledFile, Simulation),
     *(Assay, FragmentFile, CellLabels),

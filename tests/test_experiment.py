@@ -43,6 +43,7 @@ from seqgraft.experiment import (
 from seqgraft.genes import GeneSettings
 from seqgraft.losses import (
     LOSSES,
+    PAIR_LOSSES,
     AllPairs,
     BinaryCrossEntropy,
     CrossEntropy,
@@ -189,7 +190,7 @@ EXPERIMENT = Experiment(
 
 
 def registered() -> dict[str, type]:
-    return {**ADAPTERS, **LOSSES, **{kind: source for kind, (source, _) in SOURCES.items()}}
+    return {**ADAPTERS, **LOSSES, **PAIR_LOSSES, **{kind: source for kind, (source, _) in SOURCES.items()}}
 
 
 def write(folder: Path, text: str) -> Path:

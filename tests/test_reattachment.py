@@ -79,7 +79,7 @@ def built(files: Path, tmp_path_factory: pytest.TempPathFactory) -> Built:
 def test_every_method_is_there_and_the_presets_are_baskervilles() -> None:
     base = read_yaml(EXAMPLE / "experiment.yaml")
     adapters = {name: parse_experiment(base | settings).adapter for name, (settings, _) in example.METHODS.items()}
-    assert {adapter.kind for adapter in adapters.values()} == set(ADAPTERS) - {"peft"}
+    assert {adapter.kind for adapter in adapters.values()} == set(ADAPTERS) - {"peft", "prompt"}
     assert adapters["LoRA (Baskerville)"] == LoRA.baskerville()
     assert adapters["LoCon4 (Baskerville)"] == LoRA.baskerville(convs=4)
     assert adapters["Houlsby"] == Houlsby.baskerville()

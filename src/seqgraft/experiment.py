@@ -25,7 +25,7 @@ from seqgraft.adapters.freeze import LinearProbe
 from seqgraft.data import SOURCES
 from seqgraft.errors import ConfigError, Problems, SeqgraftError
 from seqgraft.evaluate import EvaluateConfig
-from seqgraft.losses import LOSSES, TOKEN_LOSSES, Loss, MaskedTokens, PairLoss
+from seqgraft.losses import LOSSES, PAIR_LOSSES, TOKEN_LOSSES, Loss, MaskedTokens, PairLoss
 from seqgraft.models.weights import ModelConfig
 from seqgraft.train import TrainConfig
 from seqgraft.variants import OVERS, SCORERS, Over, Scorer
@@ -188,7 +188,8 @@ def settings_of(value: object) -> Any:
 
 
 def _registries() -> list[Mapping[str, type]]:
-    return [ADAPTERS, LOSSES, TOKEN_LOSSES, SCORERS, OVERS, {kind: source for kind, (source, _) in SOURCES.items()}]
+    sources = {kind: source for kind, (source, _) in SOURCES.items()}
+    return [ADAPTERS, LOSSES, PAIR_LOSSES, TOKEN_LOSSES, SCORERS, OVERS, sources]
 
 
 def build(cls: type[T], content: object, where: str) -> T:
@@ -241,8 +242,9 @@ def _convert(hint: Any, value: object, where: str) -> Any:
         return None
     if Loss in options:
         if isinstance(value, Mapping) and "kind" not in value:
-            return {str(group): _build_kind(LOSSES, part, f"{where}.{group}") for group, part in value.items()}
-        return _build_kind({**LOSSES, **TOKEN_LOSSES}, value, where)
+            of_tracks = {**LOSSES, **PAIR_LOSSES}
+            return {str(group): _build_kind(of_tracks, part, f"{where}.{group}") for group, part in value.items()}
+        return _build_kind({**LOSSES, **PAIR_LOSSES, **TOKEN_LOSSES}, value, where)
     if Over in options:
         return _build_kind(OVERS, {"kind": value} if isinstance(value, str) else value, where)
     if hint == tuple[Scorer, ...]:  # a kind alone means its defaults

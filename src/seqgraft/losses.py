@@ -23,7 +23,8 @@ from torch import Tensor
 from seqgraft.errors import ConfigError, DataError
 
 __all__ = ["LOSSES", "BinaryCrossEntropy", "CrossEntropy", "Huber", "Loss", "MeanSquaredError", "Poisson"]
-__all__ += ["TOKEN_LOSSES", "AllPairs", "MaskedTokens", "PairClassification", "PairLoss", "Pairs", "PoissonMultinomial"]
+__all__ += ["PAIR_LOSSES", "TOKEN_LOSSES", "AllPairs", "MaskedTokens", "PairClassification", "PairLoss", "Pairs"]
+__all__ += ["PoissonMultinomial"]
 
 # Keeps log(0) finite. The value is part of the published Borzoi loss, so it is not a setting.
 EPSILON = 1e-7
@@ -312,9 +313,8 @@ LOSSES: dict[str, type] = {
     "huber": Huber,
     "bce": BinaryCrossEntropy,
     "cross_entropy": CrossEntropy,
-    "pairs": Pairs,
-    "pair_classification": PairClassification,
-    "all_pairs": AllPairs,
 }
+#: Those of donors, which compare examples of one gene.
+PAIR_LOSSES: dict[str, type] = {"pairs": Pairs, "pair_classification": PairClassification, "all_pairs": AllPairs}
 #: Those of the sequences themselves, whatever the tracks.
 TOKEN_LOSSES: dict[str, type] = {"masked_tokens": MaskedTokens}

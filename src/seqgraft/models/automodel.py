@@ -305,9 +305,9 @@ class _Model(Stage):
         self.takes_mask = "attention_mask" in _arguments(inner.forward)
 
     def forward(self, state: State) -> State:
-        assert state.valid is not None  # of the embeddings
-        counts = state.valid.sum(1)
-        x, valid = state.x.transpose(1, 2), state.valid
+        x = state.x.transpose(1, 2)
+        valid = torch.ones_like(x[..., 0], dtype=torch.bool) if state.valid is None else state.valid
+        counts = valid.sum(1)
         if self.masked:
             n = int(counts.max())
             out = self._run(x[:, :n], valid[:, :n])

@@ -472,7 +472,8 @@ class SequenceModel(_StaysFrozen):
         values = [head(state, sample) for head in self.heads.values()]
         joined = values[0] if len(values) == 1 else torch.cat(values, dim=1)
         ordered = joined if self._in_order else joined[:, self._order]
-        return ordered if sample.haplotypes is None else self._of_donors(ordered, sample.haplotypes)
+        haplotypes = getattr(sample, "haplotypes", None)  # heads without covariates need no sample
+        return ordered if haplotypes is None else self._of_donors(ordered, haplotypes)
 
     def _of_donors(self, values: Tensor, haplotypes: Tensor) -> Tensor:
         """A donor's prediction is the mean of those of its haplotypes, after the link; here as values before it."""
