@@ -128,7 +128,7 @@ def embed(
 
     def one(sample: Sample, view: View) -> Tensor:  # noqa: ARG001  (features of both strands are averaged as they are)
         state: State = model.trunk(sample.codes, sample.lengths)
-        return mean_of_haplotypes(mean_of_valid(state)[:, :, 0].float(), sample.haplotypes)
+        return mean_of_valid(state)[:, :, 0].float()
 
     parts = [values for _, values in _over_views(model, dataset, rows, one, ensemble, batch_size, precision, "embed")]
     return np.concatenate(parts) if parts else np.empty((0, model.trunk.spec.channels), dtype=np.float32)
@@ -142,7 +142,7 @@ def features(
 
     def one(sample: Sample, view: View) -> Tensor:  # noqa: ARG001  (forward only)
         state: State = model.trunk(sample.codes, sample.lengths)
-        return mean_of_haplotypes(mean_of_valid(state) if labels else state.x, sample.haplotypes)
+        return mean_of_valid(state) if labels else state.x
 
     yield from _over_views(model, dataset, rows, one, FORWARD_ONLY, batch_size, "float32", "features")
 

@@ -394,7 +394,8 @@ def validate(
             predicted = model.link(values)[:, :count].cpu().numpy()
             truth = np.where(sample.mask.cpu().numpy(), sample.targets.cpu().numpy(), np.nan)
             card.update(truth, predicted, chosen)
-            parts.append((truth[:, 0, 0], predicted[:, 0, 0]))
+            if dataset.donors is not None:  # of other data this would keep every target and prediction
+                parts.append((truth[:, 0, 0], predicted[:, 0, 0]))
     model.train(was_training)
     if dataset.donors is not None:
         found, known = (np.concatenate(values) for values in zip(*parts, strict=True))
