@@ -29,7 +29,7 @@ from torch.nn import functional
 from seqgraft.errors import ModelError
 from seqgraft.models.base import Stage, State, Trunk, TrunkSpec
 from seqgraft.models.huggingface import refusals
-from seqgraft.models.language import ToBins, bases_of, pieces
+from seqgraft.models.language import ToBins, bases_of, beside_tokens, most_tokens, pieces
 from seqgraft.models.remote_code import class_of
 from seqgraft.models.stages import Crop
 from seqgraft.models.tokens import Blocks, BytePairs, Overlapping
@@ -277,23 +277,12 @@ class _Embeddings(Stage):
     def forward(self, state: State) -> State:
         codes, lengths, first = bases_of(state)
         found = self.tokeniser.encode(codes, lengths)
-        more = max(0, self._most(codes.shape[1]) - found.ids.shape[1])  # so that the shape says how many there are
+        more = max(
+            0, most_tokens(self.tokeniser, codes.shape[1]) - found.ids.shape[1]
+        )  # so that the shape says how many there are
         x = self.table(functional.pad(found.ids, (0, more), value=self.tokeniser.vocabulary.padding))
-        width = found.stop - found.start
-        start = torch.where(width > 0, found.start + first[:, None], 0).cummax(1).values
-        advance = start.diff(dim=1, prepend=torch.zeros_like(start[:, :1]))  # half precision has few whole numbers
-        covered = functional.pad(torch.stack([advance, width], 1), (0, more)).float()
-        there = torch.ones_like(state.x[:, :1]) if state.valid is None else state.valid[:, None].float()
-        bins = functional.avg_pool1d(there, self.bin_size or there.shape[-1])
-        valid = functional.pad(found.mask, (0, more))
-        return State(x.transpose(1, 2), {**state.skips, "tokens": covered, "bins": bins}, valid)
-
-    def _most(self, length: int) -> int:
-        """How many tokens a sequence can have, special ones included; of k-mers, one without N."""
-        words, k = self.tokeniser.vocabulary, getattr(self.tokeniser, "k", 1)
-        most = length // k + min(length, k - 1) if isinstance(self.tokeniser, Blocks) else length - k + 1
-        most = len(words.before) + len(words.after) + max(0, most)
-        return most if words.limit is None else min(most, words.limit)
+        skips = {**state.skips, **beside_tokens(state, found, first, more, self.bin_size)}
+        return State(x.transpose(1, 2), skips, functional.pad(found.mask, (0, more)))
 
 
 class _Model(Stage):

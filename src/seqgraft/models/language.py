@@ -33,7 +33,7 @@ from seqgraft.models.tokens import Blocks, BytePairs, Overlapping, Tokens, known
 from seqgraft.models.vocabulary import Vocabulary
 from seqgraft.sequence import PAD, N
 
-__all__ = ["KINDS", "Language", "ToBins", "bases_of", "pieces"]
+__all__ = ["KINDS", "Language", "ToBins", "bases_of", "beside_tokens", "most_tokens", "pieces"]
 
 KINDS = ("overlapping", "blocks", "byte_pairs")
 _BESIDE = {"tokens": 0, "bins": 0}  # what the last stage reads of the first
@@ -241,12 +241,8 @@ class _Embeddings(Stage):
         ids = functional.pad(found.ids, (0, more), value=self.tokeniser.vocabulary.padding)
         ids = with_hidden(ids, state.skips.get(HIDDEN))
         x = self._vectors(ids, found.mask.sum(1))
-        width = found.stop - found.start
-        start = torch.where(width > 0, found.start + first[:, None], 0).cummax(1).values
-        advance = start.diff(dim=1, prepend=torch.zeros_like(start[:, :1]))  # half precision has few whole numbers
-        covered = functional.pad(torch.stack([advance, width], 1), (0, more))
         skips = {name: skip for name, skip in state.skips.items() if name not in self.reads}
-        skips |= {"tokens": covered.float(), "bins": self._bins(state)}
+        skips |= beside_tokens(state, found, first, more, self.bin_size)
         return State(x.transpose(1, 2), skips, functional.pad(found.mask, (0, more)))
 
     def _vectors(self, ids: Tensor, counts: Tensor) -> Tensor:
@@ -268,15 +264,37 @@ class _Embeddings(Stage):
         """How many tokens a sequence without N has at most; 0 of byte pairs, for which the length says little."""
         if isinstance(self.tokeniser, BytePairs):
             return 0
-        words, k = self.tokeniser.vocabulary, self.tokeniser.k
-        kmers = length - k + 1 if isinstance(self.tokeniser, Overlapping) else length // k + min(length, k - 1)
-        usual = len(words.before) + len(words.after) + max(0, kmers)
-        return usual if words.limit is None else min(usual, words.limit)
+        return most_tokens(self.tokeniser, length)
 
-    def _bins(self, state: State) -> Tensor:
-        """``(batch, 1, bins)``: how many bases of each bin are there, as a fraction."""
-        there = torch.ones_like(state.x[:, :1]) if state.valid is None else state.valid[:, None].float()
-        return functional.avg_pool1d(there, self.bin_size or there.shape[-1])
+
+def most_tokens(tokeniser: Overlapping | Blocks | BytePairs, length: int) -> int:
+    """How many tokens a sequence can have, special ones included; of k-mers, one without N."""
+    words = tokeniser.vocabulary
+    if isinstance(tokeniser, Blocks):
+        most = length // tokeniser.k + min(length, tokeniser.k - 1)
+    else:
+        most = length if isinstance(tokeniser, BytePairs) else length - tokeniser.k + 1
+    most = len(words.before) + len(words.after) + max(0, most)
+    return most if words.limit is None else min(most, words.limit)
+
+
+def beside_tokens(state: State, found: Tokens, first: Tensor, more: int, bin_size: int) -> dict[str, Tensor]:
+    """What goes on to the last stage: which bases each token stands for, and how much of each bin is there.
+
+    Args:
+        state: of the bases; ``first`` is where each sequence begins in it.
+        more: tokens of padding beside those of ``found``.
+
+    Returns:
+        "tokens" ``(batch, 2, tokens)``: by how many bases each begins after the one before, and how many it covers;
+        "bins" ``(batch, 1, bins)``: how many bases of each bin are there, as a fraction.
+    """
+    width = found.stop - found.start
+    start = torch.where(width > 0, found.start + first[:, None], 0).cummax(1).values
+    advance = start.diff(dim=1, prepend=torch.zeros_like(start[:, :1]))  # half precision has few whole numbers
+    covered = functional.pad(torch.stack([advance, width], 1), (0, more)).float()
+    there = torch.ones_like(state.x[:, :1]) if state.valid is None else state.valid[:, None].float()
+    return {"tokens": covered, "bins": functional.avg_pool1d(there, bin_size or there.shape[-1])}
 
 
 def bases_of(state: State) -> tuple[Tensor, Tensor, Tensor]:
