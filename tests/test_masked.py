@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from builders import BLOCKS, LANGUAGE, MOSAIC, ROTARY, tiny_labels
+from guides import run_guide
 from seqgraft import objectives
 from seqgraft.adapters import FullFineTune, LoRA, adapt
 from seqgraft.data import open_dataset, prepare_source
@@ -29,6 +30,7 @@ from seqgraft.experiment import Experiment, parse_experiment, read_experiment
 from seqgraft.genome import Genome, Variant
 from seqgraft.losses import MaskedTokens
 from seqgraft.markov import Markov
+from seqgraft.memory import FrozenBytes
 from seqgraft.models.base import SequenceModel
 from seqgraft.models.language import Language
 from seqgraft.models.masked import HIDDEN, Hidden, MaskedHead, MaskedModel, mask_tokens, tokeniser_of
@@ -495,6 +497,20 @@ def test_export_keeps_the_head_and_adapters_train_on_it(run: Path, data: Dataset
     assert not any(p.requires_grad for p in model.trunk.lm.parameters())  # nothing reads it there
 
 
+def test_an_adapted_model_stands_beside_the_one_it_came_from(run: Path, data: Dataset, tmp_path: Path) -> None:
+    export_run(run, tmp_path / "lm", name="lm", licence="MIT")
+    adapter = LoRA(rank=2, where=("attention",))
+    still = replace(experiment_of(data, epochs=1, lr=1e-9), model=ModelConfig(str(tmp_path / "lm")), adapter=adapter)
+    fit_run(still, tmp_path / "lora")
+    assert not FrozenBytes.of(open_run(tmp_path / "lora").model).quantised  # the head for tokens trains, and is inside
+    evaluation = evaluate_run(tmp_path / "lora")
+    scores = evaluation.metrics.query("metric == 'bits_per_base'").set_index("model")["value"]
+    own = evaluate_run(run).metrics.query("metric == 'bits_per_base'").set_index("model")["value"]
+    assert scores["before adaptation"] == pytest.approx(own["from scratch"], rel=1e-6)
+    assert scores["LoRA r=2 (attention)"] == pytest.approx(own["from scratch"], rel=1e-4)
+    assert "before adaptation" in set(evaluation.differences["baseline"])
+
+
 def test_what_needs_tracks_is_refused(run: Path, tmp_path: Path) -> None:
     bed = tmp_path / "a.bed"
     bed.write_text("chr1\t0\t48\n")
@@ -610,3 +626,11 @@ def test_variants_that_break_a_motif_are_unexpected(run: Path, genome: Path, tmp
         score_run(run, vcf, tmp_path / "w.parquet", VariantConfig(merge_strands=True))
     with pytest.raises(ConfigError, match="no weights"):
         score_model("language", genome, vcf, tmp_path / "w.parquet")
+
+
+def test_the_guide(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    table = run_guide("language-models")["table"]
+    assert {"before adaptation", "Markov model, order 0", "LoRA r=8 (attention)"} <= set(table["model"])
+    assert len(pd.read_parquet("expected.parquet")) > 0
+    assert (pd.read_parquet("runs/ia3/evaluation/metrics.parquet")["value"].notna()).any()

@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import shlex
 import shutil
-import sys
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
 
-from seqgraft.__main__ import main
+from guides import run_guide, seqgraft
 from seqgraft.data import open_dataset
 from seqgraft.data.simulate import Truth, open_truth
 from seqgraft.data.simulated_cells import cell_tracks
 from test_readme import blocks
 
 ROOT = Path(__file__).resolve().parents[1]
-GUIDE = ROOT / "docs" / "guides" / "single-cell.md"
 EXAMPLE = ROOT / "examples" / "single_cell"
 DEEP = ("bcell", "mono", "tcell")
 ASSAYS = ("atac", "k27ac", "k4me3", "rna")
@@ -41,31 +37,9 @@ SMALLEST = {
 }
 
 
-def seqgraft(line: str, more: dict[str, list[str]] | None = None) -> None:
-    """Runs a command of a page in this process."""
-    words = shlex.split(line, comments=True)
-    assert words[0] == "seqgraft", line
-    words += [word for setting in (more or {}).get(words[1], ()) for word in ("--set", setting)]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", words)
-        with pytest.raises(SystemExit) as ended:
-            main()
-    assert not ended.value.code, line
-
-
 def test_the_guide(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(tmp_path)
-    names: dict[str, Any] = {}
-    found = [block for block in blocks(GUIDE.read_text()) if block.language]
-    assert {block.marker.partition(":")[0] for block in found} == {"run", "file"}
-    for block in found:
-        if block.marker != "run":
-            Path(block.marker.removeprefix("file: ")).write_text(block.code)
-        elif block.language == "python":
-            exec(compile(block.code, GUIDE.name, "exec"), names)
-        else:
-            for line in block.code.splitlines():
-                seqgraft(line)
+    names = run_guide("single-cell")
     said = capsys.readouterr().out
     assert "192 of 211 barcodes have a label" in said
     effects, types = names["effects"], ("bcell", "mono", "nk")

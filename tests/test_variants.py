@@ -7,7 +7,6 @@ import json
 import multiprocessing
 import os
 import re
-import shlex
 import shutil
 import signal
 import sys
@@ -27,6 +26,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from builders import BIN_SIZE, BINS, SETTINGS, WINDOW, tiny_coverage, tiny_labels
+from guides import run_guide
 from seqgraft.data.augment import Augmentation
 from seqgraft.data.dataset import DatasetInfo, write_dataset
 from seqgraft.errors import ConfigError, DataError, ModelError, RunError
@@ -42,9 +42,7 @@ from seqgraft.variants.over import Centre, Regions, Window
 from seqgraft.variants.place import Alignment, Site, align, alternate
 from seqgraft.variants.scorers import Difference, Log2FoldChange
 from test_alleles import vcf
-from test_readme import ROOT, blocks
 
-GUIDE = ROOT / "docs" / "guides" / "variants.md"
 CENTRE = Centre(48)
 REGIONS = 12
 LENGTH = WINDOW - BINS * BIN_SIZE + REGIONS * BINS * BIN_SIZE
@@ -782,14 +780,6 @@ def test_the_command(
 def test_the_guide_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its Python and its commands, in order, in one folder."""
     monkeypatch.chdir(tmp_path)
-    names: dict[str, Any] = {}
-    found = [block for block in blocks(GUIDE.read_text()) if block.language]
-    assert {block.marker for block in found} == {"run"}
-    for block in found:
-        if block.language == "python":
-            exec(compile(block.code, GUIDE.name, "exec"), names)
-        else:
-            for line in block.code.splitlines():
-                assert seqgraft(monkeypatch, *shlex.split(line)[1:]) == 0
+    names = run_guide("variants")
     effects, truth = names["effects"], names["truth"]
     assert set(effects["id"]) == set(truth.index)

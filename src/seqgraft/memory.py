@@ -86,8 +86,8 @@ class FrozenBytes:
     @classmethod
     def of(cls, model: SequenceModel) -> FrozenBytes:
         adapted = adapted_of(model)
-        trains = {name for name, group in adapted.groups.items() if group == "trunk"}
-        own = sum(p.nbytes for name, p in model.named_parameters() if name in trains)
+        trains = {name for name, group in adapted.groups.items() if group != "adapter"}  # a head for tokens is inside
+        own = sum(p.nbytes for name, p in model.trunk.named_parameters("trunk") if name in trains)
         now = storage_bytes(tensor for tensor in tensors_of(model.trunk) if not tensor.requires_grad)
         return cls(now, adapted.trunk_bytes - own)
 

@@ -39,6 +39,7 @@ Ints = npt.NDArray[np.int64]
 #: The leading one first.
 METRICS = ("bits_per_base", "cross_entropy", "perplexity", "token_accuracy")
 ORDERS = range(7)  # of the Markov models
+BEFORE = "before adaptation"  # the pretrained model as it came
 LONGEST = 8  # bases of a token of which all 4**k are compared
 UNIT = "hidden tokens"
 
@@ -83,12 +84,14 @@ def evaluate_masked(
     objective: MaskedTokens,
     *,
     fold: str | None = None,
+    pretrained: MaskedModel | None = None,
 ) -> Evaluation:
     """Scores a language model and its baselines on the hidden tokens of a fold.
 
-    The baselines are the frequencies of the tokens and Markov models of order 0 to 6 (``markov.Markov``), all of the
-    training windows, on both strands; a Markov model is told all bases but those that are hidden in the token, also
-    those of other hidden tokens. There are none where tokens may be longer than 8 bases, as byte pairs.
+    The baselines are ``pretrained`` (the model before it was adapted), the frequencies of the tokens, and Markov models
+    of order 0 to 6 (``markov.Markov``), all of the training windows, on both strands; a Markov model is told all bases
+    but those that are hidden in the token, also those of other hidden tokens. There are none of these where tokens may
+    be longer than 8 bases, as byte pairs.
 
     Raises:
         ConfigError: the fold is empty, or settings that are for tracks.
@@ -99,12 +102,13 @@ def evaluate_masked(
         raise ConfigError("hidden tokens have no tracks that these settings are for", where="evaluate", remedy=remedy)
     rows = dataset.rows(fold)
     frequencies, chain = (None, None) if config.baselines == () else _fit(dataset, objective)
+    models = {label: model} | ({} if pretrained is None or config.baselines == () else {BEFORE: pretrained})
     parts: dict[str, list[TokenSums]] = {}
     starts = range(0, len(rows), config.batch_size)
     for start in progress(starts, f"predict {fold}", total=len(starts)):
         chosen = rows[start : start + config.batch_size]
-        for name, found in _batch(model, dataset, chosen, objective, frequencies, chain):
-            parts.setdefault(name or label, []).append(found)
+        for name, found in _batch(models, dataset, chosen, objective, frequencies, chain):
+            parts.setdefault(name, []).append(found)
     regions = dataset.regions.iloc[rows]
     places = regions["chrom"].tolist(), regions["start"].to_numpy(), regions["end"].to_numpy()
     blocks = segment_blocks(*places, config.block)
@@ -135,21 +139,17 @@ def _fit(dataset: Dataset, objective: MaskedTokens) -> tuple[Floats, Markov | No
 
 
 def _batch(
-    model: MaskedModel,
+    models: Mapping[str, MaskedModel],
     dataset: Dataset,
     rows: Ints,
     objective: MaskedTokens,
     frequencies: Floats | None,
     chain: Markov | None,
 ) -> Iterator[tuple[str, TokenSums]]:
-    """The sums of some regions: of the model, whose name is "", and of each baseline."""
-    device = next(model.parameters()).device
+    """The sums of some regions: of each model and each baseline, by name."""
     sample = objective.scored(dataset.sample(rows))
     hidden: Hidden = sample.hidden
-    with torch.inference_mode():
-        logits = model(sample.to(device)).float().cpu()
     truth, row = hidden.truth.numpy(), hidden.row.numpy()
-    nats = functional.cross_entropy(logits, hidden.truth, reduction="none").double().numpy()
     tokens = objective.tokeniser.encode(sample.codes, sample.lengths)
     start, stop = _unknown(tokens, hidden)
 
@@ -157,7 +157,11 @@ def _batch(
         each = (nats, np.ones(len(nats)), (stop - start).astype(np.float64), right.astype(np.float64))
         return TokenSums(rows, np.stack([np.bincount(row, values, len(rows)) for values in each]))
 
-    yield "", sums(nats, logits.argmax(1).numpy() == truth)
+    for name, model in models.items():
+        with torch.inference_mode():
+            logits = model(sample.to(next(model.parameters()).device)).float().cpu()
+        nats = functional.cross_entropy(logits, hidden.truth, reduction="none").double().numpy()
+        yield name, sums(nats, logits.argmax(1).numpy() == truth)
     if frequencies is None:
         return
     yield "token frequencies", sums(-frequencies[truth], truth == frequencies.argmax())

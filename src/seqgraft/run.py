@@ -338,7 +338,12 @@ def _evaluate_masked(run: Run, model: MaskedModel, fold: str | None) -> Evaluati
     loss = run.experiment.loss
     assert isinstance(loss, MaskedTokens)  # as the model says
     objective, label = objectives.MaskedTokens(tokeniser_of(model.trunk), loss.share), label_of(run.experiment)
-    evaluation = evaluate_masked(model, run.dataset, run.experiment.evaluate, label, objective, fold=fold)
+    before = None
+    if model.trunk.spec.weights is not None:
+        before = build_masked(run.experiment.model, run.dataset.info).to(next(model.parameters()).device).eval()
+    evaluation = evaluate_masked(
+        model, run.dataset, run.experiment.evaluate, label, objective, fold=fold, pretrained=before
+    )
     evaluation.save(run.folder / "evaluation")
     return evaluation
 
