@@ -317,6 +317,13 @@ def test_vcf(tmp_path: Path) -> None:
     assert str(Variant("chr1", 9, "AC", "A", "rs2")) == "chr1:9:AC>A"
 
 
+def test_a_header_without_contigs_is_no_matter(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    columns = "##fileformat=VCFv4.2\n#CHROM\tPOS\tID\tREF\tALT\tQUAL\tFILTER\tINFO\n"
+    (found,) = read_vcf(write(tmp_path / "a.vcf", columns + "chr1\t5\tv\tA\tC\t.\t.\t.\n"))
+    assert found == Variant("chr1", 5, "A", "C", "v")
+    assert capfd.readouterr().err == ""
+
+
 def test_bad_vcf(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="does not exist"):
         list(read_vcf(tmp_path / "none.vcf"))

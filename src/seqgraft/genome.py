@@ -543,6 +543,7 @@ def read_vcf_rows(path: Path | str) -> Iterator[tuple[int, int, Variant]]:
     if not path.is_file():
         raise DataError("the VCF file does not exist", where=path, remedy="Check the path")
     last = "its header"
+    pysam.set_verbosity(1)  # htslib warns of headers without contigs, which changes nothing here
     try:
         with pysam.VariantFile(str(path), drop_samples=True) as file:
             for row, record in enumerate(file, start=1):
