@@ -3,7 +3,7 @@
     python examples/setting_the_bar/run.py OUT
 
 Prepares the data, runs the sweeps of this folder into OUT/runs (``bar.yaml`` is the comparison, the others ask what
-rank, learning rate and batch size do and what a table can get wrong), and leaves OUT/tables.md, OUT/*.svg and a report
+rank, learning rate, batch size and epochs do and what a table can get wrong), and leaves OUT/tables.md, OUT/*.svg and a report
 of each sweep. What is done is not done again, so an interrupted run goes on where it stopped. A check of the pipeline
 with the bundled `yeast-lm-mini`, and no verdict on methods; published models (``species-lm.yaml``, ``dnabert-2.yaml``)
 give one. Needs SEQGRAFT_SHARED.
@@ -43,10 +43,10 @@ from seqgraft.trends import cost_dots, epoch_curves, setting_lines
 
 HERE = Path(__file__).parent
 DATA = ("tf0", "tf1", "mouse-tf0", "core-tata", "h3", "half-life", "enhancers", "half-life-alone")
-SWEEPS = ("bar", "rank", "learning-rate", "batch-size", "pitfalls")
+SWEEPS = ("bar", "rank", "learning-rate", "batch-size", "epochs", "pitfalls")
 YEAST = ("h3", "half-life")
 MODEL = "yeast-lm-mini"
-SETTINGS = {"rank": "rank", "learning-rate": "lr", "batch-size": "batch_size"}
+SETTINGS = {"rank": "rank", "learning-rate": "lr", "batch-size": "batch_size", "epochs": "settings"}
 KINDS = {"run": "method", "control": "random weights", "baseline": "baseline"}
 NAMES = {"auroc": "AUROC", "pearson": "Pearson", "mcc": "MCC", "accuracy": "accuracy"}
 
@@ -95,18 +95,18 @@ def scores(summary: pd.DataFrame) -> pd.DataFrame:
 
 
 def costs(summary: pd.DataFrame) -> pd.DataFrame:
-    """What each method trains, stores and takes, the mean over data sets."""
+    """What each method trains, stores and takes, the median over data sets."""
     runs = summary[(summary["role"] == "run") & summary["chosen"]]
     columns = ["trainable", "total", "adapter_bytes", "memory_bytes", "seconds_per_epoch", "merged_difference"]
-    mean = runs.groupby("method", sort=False)[columns].mean()
+    usual = runs.groupby("method", sort=False)[columns].median()
     rates = runs.groupby("method", sort=False)["lr"].agg(lambda lr: ", ".join(f"{each:g}" for each in sorted(set(lr))))
     return pd.DataFrame({
-        "method": mean.index,
-        "trains": [f"{n:,.0f} ({100 * n / of:.2g} %)" for n, of in mean[["trainable", "total"]].to_numpy()],
-        "file": [f"{size / 1e3:,.0f} kB" for size in mean["adapter_bytes"]],
-        "memory of a step": [f"{size / 1e6:,.0f} MB" for size in mean["memory_bytes"]],
-        "seconds per epoch": [f"{each:.1f}" for each in mean["seconds_per_epoch"]],
-        "merged": [f"{each:.0e}" if each == each else "no" for each in mean["merged_difference"]],
+        "method": usual.index,
+        "trains": [f"{n:,.0f} ({100 * n / of:.2g} %)" for n, of in usual[["trainable", "total"]].to_numpy()],
+        "file": [f"{size / 1e3:,.0f} kB" for size in usual["adapter_bytes"]],
+        "memory of a step": [f"{size / 1e6:,.0f} MB" for size in usual["memory_bytes"]],
+        "seconds per epoch": [f"{each:.1f}" for each in usual["seconds_per_epoch"]],
+        "merged": [f"{each:.0e}" if each == each else "no" for each in usual["merged_difference"]],
         "chosen rates": rates.to_numpy(),
     })  # fmt: skip
 
@@ -258,6 +258,7 @@ def draw_setting(name: str, column: str) -> None:
     """Scores over the values of a setting, beside the best floor."""
     summary = summary_of(name)
     runs = summary[summary["role"] == "run"]
+    values = runs[column].astype(str).str.extract(r"([\d.e-]+)$")[0].astype(float)  # "epochs 10", where it has no column
     metric = NAMES[runs["metric"].iloc[0]]
     floor = summary[summary["role"] == "baseline"].nlargest(1, "score")
     label = name.replace("-", " ")
@@ -265,7 +266,7 @@ def draw_setting(name: str, column: str) -> None:
         f"{runs['dataset'].iloc[0]}, by {label}: {metric} from {runs['score'].min():.3f} to {runs['score'].max():.3f}"
     )
     figure = setting_lines(
-        runs.assign(x=runs[column].astype(float), value=runs["score"]),
+        runs.assign(x=values, value=runs["score"]),
         title=title,
         xlabel=label,
         ylabel=f"{metric}, test",
