@@ -30,8 +30,10 @@ def run_guide(name: str) -> dict[str, Any]:
     """Everything on `docs/guides/NAME.md`, in the current folder; what its Python has named."""
     path, names = ROOT / "docs" / "guides" / f"{name}.md", {}
     found = [block for block in blocks(path.read_text()) if block.language]
-    assert {block.marker.partition(":")[0] for block in found} <= {"run", "file"}
+    assert {block.marker.partition(":")[0] for block in found} <= {"run", "file", "not run"}
     for block in found:
+        if block.marker.startswith("not run"):
+            continue
         if block.marker != "run":
             Path(block.marker.removeprefix("file: ")).write_text(block.code)
         elif block.language == "python":

@@ -26,8 +26,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("genome", "bigwig", "sample", "oracle"),
     ("tracks", "dosage"),
     # 1
-    ("losses", "metrics", "plots"),
-    ("cell_plots", "intervals", "logos", "trends"),
+    ("losses", "metrics", "plots", "repository"),
+    ("cell_plots", "intervals", "logos", "trends", "value_plots"),
     (
         "data.covariates",
         *("data", "data.augment", "data.dataset", "data.duplicates", "data.folds", "data.labels", "data.seen"),
@@ -53,6 +53,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "models.reading",
         "models.remote_code",
         "models.sites",
+        "models.track_head",
         "models.vocabulary",
         "models.wrap",
     ),
@@ -74,7 +75,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     # 4
     ("regions", "scoring"),
     ("predict", "objectives"),
-    ("cache_tiles",),
+    ("cache_tiles", "joint"),
     ("cache", "memory", "local"),
     # 5
     ("train", "baselines", "genes", "output", "card", "token_counts"),
@@ -107,11 +108,24 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "report",
         "report.page",
         "report.scores",
+        "report.cards",
+        "report.cell_types",
         "report.donors",
+        "report.effects",
+        "report.genes",
+        "report.glossary",
+        "report.values",
         "report.run",
         "report.comparison",
         "report.sweep",
     ),
+    ("share_card",),
+    ("share",),
+    ("serve.asked", "serve.jobs"),
+    ("serve.answers",),
+    ("serve.served",),
+    ("serve.app",),
+    ("serve",),
     # 9
     ("demo",),
     ("cli",),
@@ -132,17 +146,21 @@ BASES = {
     },
     "models": {"models.base", "models.dryrun", "models.module", "models.sites", "models.stages"},
     "adapters": {"adapters.base"},
-    "report": {"report.donors", "report.page", "report.scores"},
+    "report": {
+        *("report.cards", "report.cell_types", "report.donors", "report.effects", "report.genes", "report.glossary"),
+        *("report.page", "report.scores", "report.values"),
+    },
 }
 REGISTRIES = {"data", "variants", "models", "models.folders", "models.weights", "adapters", "report"}
 
 DOORS: dict[str, set[str]] = {
     "accelerate": {"train"},
     "bitsandbytes": {"adapters.lora"},
+    "fastapi": {"serve.app"},
     "h5py": {"data.h5ad_files", "models.baskerville"},
-    "huggingface_hub": {"models.huggingface"},
+    "huggingface_hub": {"models.huggingface", "repository"},
     "jinja2": {"report"},
-    "matplotlib": {"cell_plots", "logos", "plots", "trends"},
+    "matplotlib": {"cell_plots", "logos", "plots", "trends", "value_plots"},
     "optuna": {"grids"},
     "peft": {"adapters.lora"},
     "pybigtools": {"bigwig", "tracks"},
@@ -153,6 +171,7 @@ DOORS: dict[str, set[str]] = {
     "tokenizers": {"models.tokens"},
     "transformers": {"models.automodel", "models.hub_automodel", "models.hub_language", "models.remote_code"},
     "typer": {"cli"},
+    "uvicorn": {"serve"},
     "yaml": {"experiment"},
     "zarr": {"output"},
 }

@@ -623,3 +623,4 @@ def test_the_guide_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
             for line in block.code.splitlines():
                 assert seqgraft(monkeypatch, *shlex.split(line)[1:]) == 0
     assert (tmp_path / "figures").is_dir()
+    assert (names["again"].attributions == names["made"].attributions).all()

@@ -44,7 +44,10 @@ COMMANDS = (
     "embed",
     "sweep",
     "report",
+    "serve",
     "export",
+    "push",
+    "pull",
     "models",
 )
 CHROMS = {"chr1": 4000, "chr2": 1600, "chr3": 1600}
@@ -291,7 +294,7 @@ def _export_and_start_from_it(run: Path, experiment: Path, folder: Path, seqgraf
 def test_labels_from_a_table_to_predictions(raw: Path, tmp_path: Path, seqgraft: Command) -> None:
     data, run = tmp_path / "data", tmp_path / "run"
     source = {"kind": "labelled", "files": [{"path": str(raw / "labels.csv")}], "folds": {"by": "column"}}
-    assert "1 tracks" in done(seqgraft("prepare", write(tmp_path / "data.yaml", source), data))
+    assert "), 1 track, one label" in done(seqgraft("prepare", write(tmp_path / "data.yaml", source), data))
     experiment = {
         "data": str(data),
         "model": {"name": "convnet", "settings": SETTINGS},

@@ -24,6 +24,7 @@ from seqgraft.bigwig import runs as runs_of
 from seqgraft.bigwig import write_bigwig
 from seqgraft.data import SOURCES, open_dataset
 from seqgraft.experiment import parse_experiment, read_experiment
+from seqgraft.genome import Genome, Interval
 from seqgraft.models.base import SequenceModel
 from seqgraft.models.folders import TRUNKS
 from seqgraft.plan import plan_run
@@ -64,6 +65,10 @@ FEW_CASES = {
     "windows": ("", ""),
 }  # without tracks: test_masked.py
 
+#: Sources whose examples are several sequences each: every adapter is tested with this trunk, every trunk with this
+#: adapter.
+CROSSED = {"personal": ("convnet", "LoRA")}
+
 ADAPTER_SETTINGS: dict[str, dict[str, Settings]] = {
     "linear_probe": {"linear probe": {}},
     "full": {"full": {}, "full, statistics": {"statistics": "batch"}},
@@ -87,12 +92,9 @@ SOURCE_CASES: dict[str, tuple[str, ...]] = {
     "h5ad": ("h5ad",),
     "labelled": ("binary", "multiclass", "regression"),
     "peaks": ("peaks",),
-    "personal": (),
+    "personal": ("personal",),
     "windows": ("windows",),
 }
-
-#: Sources whose way has other scores at its end, and where it is tested.
-ELSEWHERE = {"personal": "test_personal.py"}
 
 CHROMS = {"chr1": 4000, "chr2": 1600, "chr3": 1600}
 FOLDS = {"by": "chromosome", "valid": ["chr2"], "test": ["chr3"]}
@@ -110,6 +112,7 @@ CASES = [
     for source in itertools.chain.from_iterable(SOURCE_CASES[entry] for entry in SOURCE_CASES if entry in SOURCES)
     if source in FEW_SOURCES.get(trunk, (source,))
     if (trunk, label) == FEW_CASES.get(source, (trunk, label))
+    if source not in CROSSED or trunk == CROSSED[source][0] or label == CROSSED[source][1]
 ]
 CASES += [
     pytest.param(variant, kind, label, source, id=f"{variant}-{label}-{source}")
@@ -128,7 +131,7 @@ def test_registering_is_testing() -> None:
         assert not missing, f"Give {missing} settings in {Path(__file__).name}: whatever is registered is tested."
         assert not stale, f"{stale} are not registered."
     assert all(ADAPTER_SETTINGS.values())
-    assert all(cases for name, cases in SOURCE_CASES.items() if name not in ELSEWHERE)
+    assert all(SOURCE_CASES.values())
 
 
 # Raw files
@@ -227,6 +230,37 @@ def _peaks(folder: Path) -> Settings:
     }
 
 
+def _personal(folder: Path) -> Settings:
+    """Genes of 24 diploid donors, of which every donor has one in eight alleles that change a base or insert two."""
+    rng = np.random.default_rng(6)
+    genome = Genome.open(_genome(folder))
+    donors = [f"donor{number}" for number in range(24)]
+    columns = ["#CHROM", "POS", "ID", "REF", "ALT", "QUAL", "FILTER", "INFO", "FORMAT", *donors]
+    lines, starts = ["##fileformat=VCFv4.2", "\t".join(columns)], []
+    for chrom, size in CHROMS.items():
+        starts += [(f"{chrom}_{start}", chrom, start, "+") for start in range(200, size - 200, 1200)]
+        for position in range(60, size - 60, 20):
+            ref = decode(genome.codes(Interval(chrom, position - 1, position)))
+            alt = ref + "CA" if position % 3 else "ACGT"["ACGT".index(ref) - 1]
+            calls = ["|".join(map(str, pair)) for pair in rng.binomial(1, 0.125, (len(donors), 2))]
+            lines.append("\t".join([chrom, str(position), ".", ref, alt, ".", "PASS", ".", "GT", *calls]))
+    (folder / "donors.vcf").write_text("\n".join(lines) + "\n")
+    genes = pd.DataFrame(starts, columns=["gene", "chrom", "tss", "strand"])
+    genes.to_csv(folder / "genes.tsv", sep="\t", index=False)
+    expression = pd.DataFrame(rng.normal(size=(len(genes), len(donors))), genes["gene"], donors)
+    expression.to_csv(folder / "expression.tsv", sep="\t")
+    return {
+        "kind": "personal",
+        "genome": str(genome.path),
+        "vcf": str(folder / "donors.vcf"),
+        "expression": {"file": str(folder / "expression.tsv")},
+        "genes": {"file": str(folder / "genes.tsv")},
+        "window": 64,
+        "donor_folds": {"by": "random", "valid": 0.2, "test": 0.2},
+        "gene_folds": {"by": "chromosome", "test": ["chr3"]},
+    }
+
+
 WRITERS: dict[str, Callable[[Path], Settings]] = {
     "coverage": _coverage,
     "fragments": _fragments,
@@ -235,6 +269,7 @@ WRITERS: dict[str, Callable[[Path], Settings]] = {
     "multiclass": lambda folder: _labelled(folder, lambda share: "abc"[(share > 0.45) + (share > 0.55)]),
     "regression": lambda folder: _labelled(folder, lambda share: round(8 * share + 0.01, 3)),
     "peaks": _peaks,
+    "personal": _personal,
     "windows": lambda folder: {"kind": "windows", "fasta": str(_genome(folder)), "window": 64, "folds": FOLDS},
 }
 
@@ -269,6 +304,7 @@ def test_sources(case: str, prepared: Callable[[str], Path]) -> None:
         "peaks": {"sigmoid"},
         "multiclass": {"softmax"},
         "regression": {"identity"},
+        "personal": {"identity"},
     }.get(case, set(dataset.tracks.frame["link"]))
 
 
@@ -292,7 +328,7 @@ def test_the_whole_way(
             "model": {"name": name, "settings": chosen, "unknown": 0.05},  # windows reach beyond the small contigs
             "adapter": {"kind": kind, **settings},
             "train": {"epochs": 2, "batch_size": 4, "lr": 0.003},
-            "evaluate": {"draws": 20, "block": 400},
+            "evaluate": {"draws": 20, "block": 400, "linearity": 2},
         }
     )
     folder = tmp_path / "run"
@@ -341,6 +377,9 @@ def _trained(model: SequenceModel, untrained: SequenceModel) -> list[tuple[torch
 
 
 def _check_table(table: pd.DataFrame, label: str, case: str) -> None:
+    if case == "personal":
+        _check_donors(table, label)
+        return
     coverage = case in ("coverage", "fragments")
     baselines = {"mean profile", "3-mer ridge"} if coverage else {"k-mer regression", "majority"}
     ceiling = {"split-half ceiling"} if case == "fragments" else set()
@@ -348,12 +387,26 @@ def _check_table(table: pd.DataFrame, label: str, case: str) -> None:
     assert set(table["model"]) == {label, *baselines, *ceiling}
     assert set(table["unit"]) == ({"squashed", "raw", *shares} if coverage else {"label"})
     assert set(table["fold"]) == {"test"}
-    undefined = ~np.isfinite(table["value"])
-    assert (table.loc[undefined, "note"] != "").all(), table[undefined]  # says why
     run = table[(table["model"] == label) & (table["track"] == "") & ~table["unit"].isin(shares)]
     assert np.isfinite(run["value"]).all(), run
+    _check_rows(table)
+
+
+def _check_donors(table: pd.DataFrame, label: str) -> None:
+    linear = {"top SNP", "ridge on dosage (BLUP)", "lasso on dosage", "elastic net on dosage"}
+    assert set(table["model"]) == {label, *linear, "ceiling of linear models", "these donors"}
+    assert set(table["unit"]) == {"label"}
+    within = table[table["metric"] == "pearson_within_genes"]
+    assert set(within["fold"]) == {"test", "unseen_genes", "unseen_both"}
+    assert np.isfinite(within["value"]).all()
+    _check_rows(table)
+
+
+def _check_rows(table: pd.DataFrame) -> None:
+    undefined = ~np.isfinite(table["value"])
+    assert (table.loc[undefined, "note"] != "").all(), table[undefined]  # says why
     bounds = table[["low", "high"]].dropna()
     assert len(bounds)
     assert (bounds["low"] <= bounds["high"]).all()
-    assert (table["n"] > 0).all()
+    assert (table["n"] > 0)[~undefined].all()
     assert not table.duplicated(["model", "fold", "group", "track", "metric", "unit"]).any()

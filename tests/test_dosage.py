@@ -7,7 +7,7 @@ import pytest
 from scipy import optimize
 from sklearn.linear_model import ElasticNetCV, Ridge
 
-from seqgraft.dosage import DOSAGE_BASELINES, dosage_baselines, heritability
+from seqgraft.dosage import DOSAGE_BASELINES, dosage_baselines, fit_gene, heritability
 from seqgraft.errors import ConfigError, DataError
 
 
@@ -110,3 +110,16 @@ def test_refusals() -> None:
         dosage_baselines(dosage, y, TRAIN, ["bslmm"])
     with pytest.raises(DataError, match="Fewer than 10 training donors"):
         heritability(dosage, y, np.arange(5))
+
+
+def test_one_decomposition_gives_the_models_and_the_heritability(monkeypatch: pytest.MonkeyPatch) -> None:
+    dosage, y = _people()
+    expected, share = dosage_baselines(dosage, y, TRAIN), heritability(dosage, y, TRAIN)
+    calls, eigh = [], np.linalg.eigh
+    monkeypatch.setattr(np.linalg, "eigh", lambda matrix: calls.append(1) or eigh(matrix))
+    models, found = fit_gene(dosage, y, TRAIN)
+    assert len(calls) == 1
+    assert found == share
+    assert models.keys() == expected.keys()
+    for name, model in models.items():
+        np.testing.assert_array_equal(model.predictions, expected[name].predictions)

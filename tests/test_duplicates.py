@@ -9,7 +9,14 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from seqgraft.data.duplicates import DuplicatePolicy, copied_rows, duplicate_links, find_duplicates, resolve_duplicates
+from seqgraft.data.duplicates import (
+    DuplicatePolicy,
+    copied_rows,
+    duplicate_links,
+    duplicates_in_words,
+    find_duplicates,
+    resolve_duplicates,
+)
 from seqgraft.errors import DataError
 from seqgraft.sequence import Codes, encode, reverse_complement
 
@@ -72,6 +79,9 @@ def test_exact_duplicates_on_both_strands() -> None:
     assert rows == [[1, 4, "train", "test", "-"], [0, 5, "train", "test", "+"]]
     assert report.summary()["exact"] == {"train/test": {"pairs": 2, "train": 2, "test": 2}}
     assert report.near.empty
+    assert duplicates_in_words(report.summary()) == "pairs of exact copies across folds: train/test 2"
+    apart = find_duplicates(sequences[:4], ["train", "train", "train", "valid"])
+    assert duplicates_in_words(apart.summary()) == "none across folds, exact or near"
 
 
 def test_every_leaked_row_of_a_large_family_is_listed() -> None:

@@ -32,10 +32,12 @@ def genome(tmp_path_factory: pytest.TempPathFactory) -> Genome:
 
 
 def vcf(path: Path, rows: Sequence[Row], donors: str = "a b", chrom: str = "chr1", text: str = "") -> Path:
-    """A VCF of rows on one contig; ``text`` is put after them as it is."""
+    """A VCF of rows on one contig, calls such as ``0|1:7`` with a phase set; ``text`` is put after them as it is."""
     header = ["##fileformat=VCFv4.2", f"##contig=<ID={chrom}>", '##FORMAT=<ID=GT,Number=1,Type=String,Description="">']
+    header += ['##FORMAT=<ID=PS,Number=1,Type=Integer,Description="">'] if any(":" in row[3] for row in rows) else []
     columns = ["#CHROM", "POS", "ID", "REF", "ALT", "QUAL", "FILTER", "INFO", "FORMAT", *donors.split()]
-    lines = [[chrom, str(p), ".", ref, alt, ".", "PASS", ".", "GT", *calls.split()] for p, ref, alt, calls in rows]
+    facts = [([chrom, str(p), ".", ref, alt, ".", "PASS", "."], calls) for p, ref, alt, calls in rows]
+    lines = [[*fields, "GT:PS" if ":" in calls else "GT", *calls.split()] for fields, calls in facts]
     path.write_text("\n".join([*header, *("\t".join(line) for line in [columns, *lines])]) + "\n" + text)
     return path
 
@@ -95,6 +97,28 @@ CASES = {
     ),
     "three haplotypes, dosage": Case(
         [(2, "C", "T", "0|1|1 0|0|0")], options={"unphased": "dosage"}, error="two hapl.*3"
+    ),
+    "one phase set": Case(
+        [(2, "C", "T", "0|1:7 0|0:."), (3, "G", "A", "1|0:7 0|1:9"), (4, "T", "C", "1|1:. 1|1")],
+        sequences={"a:0": [(3, "G", "A"), (4, "T", "C")], "b:1": [(3, "G", "A"), (4, "T", "C")]},
+    ),
+    "two phase sets": Case(
+        [(2, "C", "T", "0|1:7 0|0"), (3, "G", "A", "1|0:9 0|1:9")], error=r"1 het.*phased apart.*'chr1:3, a'.*random"
+    ),
+    "a phase set beside none": Case([SNV, (3, "G", "A", "1|0:9 0|1:9")], error="phased apart.*'chr1:3, a'"),
+    "two phase sets in two windows": Case(
+        [(2, "C", "T", "0|1:7 0|0"), (9, "A", "C", "1|0:9 0|1:9")],
+        options={"within": [Interval("chr1", 0, 3), Interval("chr1", 5, 9)]},
+        sequences={"a:0": [(9, "A", "C")], "a:1": [(2, "C", "T")]},
+    ),
+    "two phase sets, at random": Case(
+        [(2, "C", "T", "0|1:7 0|0"), (3, "G", "A", "1|0:9 0|1:9")], {"phase_sets": 1}, options={"unphased": "random"}
+    ),
+    "two phase sets, dosage": Case(
+        [(2, "C", "T", "0|1:7 0|0"), (3, "G", "A", "1|0:9 0|1:9")],
+        {"phase_sets": 1},
+        options={"unphased": "dosage"},
+        sequences={"a:0": [(2, "C", "Y"), (3, "G", "R")]},
     ),
     "missing": Case([SNV, (3, "G", "A", "./. 0|1")], error=r"1 calls have a missing.*'chr1:3, a'.*reference or major"),
     "missing, the reference": Case(
@@ -167,6 +191,11 @@ CASES = {
         [(3, "GTT", "G", "1|0 0|0"), (4, "T", "C", "1|1 0|0")],
         {"overlapping": 1},
         sequences={"a:0": [(3, "GTT", "G")], "a:1": [(4, "T", "C")]},
+    ),
+    "overlapping deletions": Case(
+        [(3, "GTT", "G", "1|0 0|0"), (4, "TT", "T", "1|1 0|0")],
+        {"overlapping": 1},
+        sequences={"a:0": [(3, "GTT", "G")], "a:1": [(4, "TT", "T")]},
     ),
     "an indel after its own first base": Case(
         [(3, "G", "A", "1|0 0|0"), (3, "G", "GCC", "1|0 0|0")], sequences={"a:0": [(3, "G", "ACC")]}
@@ -287,6 +316,24 @@ def test_three_slots_are_shuffled_and_phased_calls_are_not(genome: Genome, tmp_p
     assert (found.sum(axis=1) == 1).all()
     assert found[:, 2, 1].all()
     assert found[:, :, 0].any(axis=0).all()
+
+
+def test_a_phase_set_is_turned_as_a_whole(genome: Genome, tmp_path: Path) -> None:
+    places = [p for p, base in enumerate(SEQUENCE, start=1) if base == "A"]
+    sets = [place // 8 for place in places]
+    first = np.array([number % 2 for number in range(len(places))])  # slot of the alternate allele in the file
+    rows = [
+        (p, "A", "C", f"{'1|0' if not slot else '0|1'}:{s} 0|1") for p, s, slot in zip(places, sets, first, strict=True)
+    ]
+    genotypes = read_genotypes(vcf(tmp_path / "in.vcf", rows), genome, unphased="random")
+    found = genotypes.alleles(slice(None))
+    assert genotypes.report.counts["phase_sets"] == len(set(sets)) - 1
+    turned = found[:, 1, 0] != first
+    each = [set(turned[np.array(sets) == s].tolist()) for s in sorted(set(sets))]
+    assert all(len(one) == 1 for one in each)
+    assert set.union(*each) == {False, True}
+    assert found[:, 1, 1].all()  # calls without a set stand as they are
+    assert "each set on haplotypes drawn at random" in genotypes.report.in_words[1]
 
 
 def test_everything_is_said_at_once(genome: Genome, tmp_path: Path) -> None:

@@ -448,7 +448,7 @@ def test_a_run_learns_and_is_scored_beside_linear_models(cohort: Dataset, tmp_pa
     assert own == pytest.approx(test["pearson_within_genes"].mean())
     page = write_report(tmp_path / "run").read_text()
     assert "Gene by gene" in page
-    assert "in held-out donors, for genes of training" in page
+    assert "on genes of training in held-out donors" in page
     assert not re.search(r"\bd\d\d\b", page + found.genes.to_csv())  # donors are not named
 
 

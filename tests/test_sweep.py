@@ -25,7 +25,7 @@ from seqgraft import cells, evaluate, train
 from seqgraft.__main__ import main
 from seqgraft.data.dataset import open_dataset
 from seqgraft.errors import ConfigError, RunError, SeqgraftError
-from seqgraft.experiment import build, parse_experiment, write_yaml
+from seqgraft.experiment import build, parse_experiment, read_yaml, write_yaml
 from seqgraft.grids import SweepConfig, read_sweep
 from seqgraft.intervals import _draws, bootstrap_p, combine_p, hierarchical_draws, hierarchical_estimate, holm, mcnemar
 from seqgraft.metrics import METRICS, Moments
@@ -661,3 +661,8 @@ def test_the_guide(
     assert "cells     at most 4 (4 combinations, 1 seed, 1 trials of each (random))" in said
     assert "5 cells were run, 0 were there already, 0 failed." in said
     assert Path("runs/sweep/report.html").is_file()
+    write_yaml(Path("sweep.yaml"), read_yaml(Path("sweep.yaml"), smaller))
+    names: dict[str, Any] = {}
+    exec(compile(found["run: after the commands"], "sweep.md", "exec"), names)
+    assert (names["swept"].ran, names["swept"].found) == (0, 5)
+    assert names["summary"]["chosen"].any()

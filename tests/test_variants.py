@@ -782,4 +782,5 @@ def test_the_guide_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.chdir(tmp_path)
     names = run_guide("variants")
     effects, truth = names["effects"], names["truth"]
+    assert pd.read_parquet("again.parquet").equals(effects)
     assert set(effects["id"]) == set(truth.index)

@@ -3,10 +3,10 @@
     python examples/setting_the_bar/run.py OUT
 
 Prepares the data, runs the sweeps of this folder into OUT/runs (``bar.yaml`` is the comparison, the others ask what
-rank, learning rate, batch size and epochs do and what a table can get wrong), and leaves OUT/tables.md, OUT/*.svg and a report
-of each sweep. What is done is not done again, so an interrupted run goes on where it stopped. A check of the pipeline
-with the bundled `yeast-lm-mini`, and no verdict on methods; published models (``species-lm.yaml``, ``dnabert-2.yaml``)
-give one. Needs SEQGRAFT_SHARED.
+rank, learning rate, batch size and epochs do and what a table can get wrong), and leaves OUT/tables.md, OUT/*.svg and
+a report of each sweep. What is done is not done again, so an interrupted run goes on where it stopped. A check of the
+pipeline with the bundled `yeast-lm-mini`, and no verdict on methods; published models (``species-lm.yaml``,
+``dnabert-2.yaml``) give one. Needs SEQGRAFT_SHARED.
 """
 
 from __future__ import annotations
@@ -258,7 +258,8 @@ def draw_setting(name: str, column: str) -> None:
     """Scores over the values of a setting, beside the best floor."""
     summary = summary_of(name)
     runs = summary[summary["role"] == "run"]
-    values = runs[column].astype(str).str.extract(r"([\d.e-]+)$")[0].astype(float)  # "epochs 10", where it has no column
+    number = r"([\d.e-]+)$"  # settings without a column of their own are words: "epochs 10"
+    values = runs[column].astype(str).str.extract(number)[0].astype(float)
     metric = NAMES[runs["metric"].iloc[0]]
     floor = summary[summary["role"] == "baseline"].nlargest(1, "score")
     label = name.replace("-", " ")

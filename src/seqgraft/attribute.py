@@ -32,7 +32,7 @@ from seqgraft.errors import ConfigError, DataError, ModelError
 from seqgraft.local import Recompute
 from seqgraft.models.base import SequenceModel, Span, State
 from seqgraft.predict import FORWARD_ONLY
-from seqgraft.progress import progress
+from seqgraft.progress import progress, steps
 from seqgraft.sample import Sample
 from seqgraft.sequence import PAD, Codes
 from seqgraft.target import Site, Target, sites_of
@@ -184,7 +184,7 @@ def attribute(
             recompute = Recompute(model, local=config.local)
             in_words = recompute.in_words
             for row in progress(range(len(dataset)), "attribute", total=len(dataset)):
-                for view in views:
+                for view in steps(views):
                     value, effects = _mutagenesis(recompute, dataset, row, view, sites[row], span, config.batch_size)
                     values[row] += value / len(views)
                     hypothetical[row] += effects / len(views)
@@ -279,7 +279,7 @@ def _mutagenesis(
         for base in range(4)
         if (3 - base if view.reverse else base) != codes[at]
     ]
-    for start in range(0, len(edits), batch_size):
+    for start in steps(range(0, len(edits), batch_size)):
         batch = edits[start : start + batch_size]
         alternates = codes.repeat(len(batch), 1)
         for alternate, (base, _, at) in zip(alternates, batch, strict=True):

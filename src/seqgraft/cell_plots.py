@@ -62,28 +62,28 @@ def confusion_matrix(frame: pd.DataFrame, *, title: str) -> Figure:
 
 @dataclass(frozen=True)
 class VariantPanel:
-    """Predictions of both alleles around a variant.
+    """Predictions of both alleles around a variant, or of the reference alone.
 
     Attributes:
         title: the finding.
-        chrom: of the variant.
+        chrom: where it is.
         start: of the first bin, 0-based.
         bin_size: bp.
-        changed: first base and end of what the variant replaces, 0-based and half-open.
+        changed: first base and end of what the variant replaces, 0-based and half-open; None where nothing is.
         rows, columns: names of cell types and marks.
         reference, alternate: raw values ``(rows, columns, strands, bins)``; NaN where there is no such track. Of two
-            strands the second one is drawn downwards.
+            strands the second one is drawn downwards. Without an alternate the reference stands alone.
     """
 
     title: str
     chrom: str
     start: int
     bin_size: int
-    changed: tuple[int, int]
+    changed: tuple[int, int] | None
     rows: Sequence[str]
     columns: Sequence[str]
     reference: Floats
-    alternate: Floats
+    alternate: Floats | None
 
 
 def variant_panel(panel: VariantPanel) -> Figure:
@@ -99,8 +99,8 @@ def variant_panel(panel: VariantPanel) -> Figure:
     with styled():
         figure = Figure(figsize=(width, height))
         figure.text(0.02, 1 - 0.05 / height, "\n".join(lines), va="top", fontsize=10.5, fontweight="bold")
-        labels = [short_name(name, 16) for name in panel.rows]
-        left = (0.65 + 0.085 * max(map(len, labels))) / width
+        labels = [_in_two_lines(name, 16) for name in panel.rows]
+        left = (0.65 + 0.085 * max(len(line) for label in labels for line in label.split("\n"))) / width
         edges = {"left": left, "right": 1 - 0.15 / width, "top": 1 - above / height, "bottom": below / height}
         grid = figure.add_gridspec(rows, columns, wspace=0.22, hspace=0.25, **edges)
         for row, column in np.ndindex(rows, columns):
@@ -121,20 +121,36 @@ def variant_panel(panel: VariantPanel) -> Figure:
     return figure
 
 
+def _in_two_lines(name: str, width: int) -> str:
+    """A name that is too long for one line, broken where a mark parts its words, if no part is too long then."""
+    if len(name) <= width:
+        return name
+    places = [at + 1 for at, letter in enumerate(name[:width]) if letter in " _-.:/" and len(name) - at - 1 <= width]
+    at = places[-1] if places else width
+    return f"{name[:at].rstrip()}\n{short_name(name[at:], width)}"
+
+
 def _alleles(axes: Axes, panel: VariantPanel, row: int, column: int) -> None:
     bins = panel.reference.shape[-1]
     edges = (panel.start + np.arange(bins + 1) * panel.bin_size) / 1000
     highest, lowest = 0.0, 0.0
     for strand, sign in zip(range(panel.reference.shape[2]), (1, -1), strict=False):
-        values: Any = [sign * part[row, column, strand] for part in (panel.reference, panel.alternate)]
+        alleles = [part for part in (panel.reference, panel.alternate) if part is not None]
+        values: Any = [sign * part[row, column, strand] for part in alleles]
         if not np.isfinite(values[0]).any():
             continue
-        names = ("reference", "alternate") if strand == 0 else ("", "")
+        only = panel.alternate is None
+        names = ("predicted" if only else "reference", "alternate") if strand == 0 else ("", "")
         axes.stairs(values[0], edges, fill=True, color=AREA, label=names[0])
-        axes.stairs(values[1], edges, color=COLOURS[3], linewidth=1.2, baseline=None, label=names[1])
+        for alternate in values[1:]:
+            axes.stairs(alternate, edges, color=COLOURS[3], linewidth=1.2, baseline=None, label=names[1])
         highest, lowest = max(highest, *np.ravel(values)), min(lowest, *np.ravel(values))
-    axes.axvspan(panel.changed[0] / 1000, panel.changed[1] / 1000, color=COLOURS[0], alpha=0.35, linewidth=0)
-    axes.axvline(panel.changed[0] / 1000, color=COLOURS[0], linewidth=0.9, linestyle=(0, (2, 2)), label="variant")
+    if panel.changed is not None:
+        begin, end = (place / 1000 for place in panel.changed)
+        shade, label = (0.35, "") if panel.alternate is not None else (0.18, "region")
+        axes.axvspan(begin, end, color=COLOURS[0], alpha=shade, linewidth=0, label=label)
+        if panel.alternate is not None:
+            axes.axvline(begin, color=COLOURS[0], linewidth=0.9, linestyle=(0, (2, 2)), label="variant")
     axes.axhline(0, color=FAINT, linewidth=0.6)
     room = 0.06 * (highest - lowest) or 1.0
     axes.set(xlim=(edges[0], edges[-1]), ylim=(lowest - room if lowest else 0.0, highest + room))

@@ -41,6 +41,17 @@ def _parsed(kind: type[T], config: Path | None, settings: list[str] | None) -> T
     return build(kind, read_yaml(config, settings or ()), str(config or "--set"))
 
 
+def _card_text(path: Path | None) -> str:
+    """The Markdown that --card names."""
+    from seqgraft.errors import ConfigError
+
+    try:
+        return path.read_text(encoding="utf-8") if path else ""
+    except (OSError, UnicodeDecodeError) as error:
+        remedy = "Give a Markdown text file, or leave it out"
+        raise ConfigError(f"the card cannot be read ({error})", where="--card", remedy=remedy) from error
+
+
 @app.command()
 def demo(
     folder: Annotated[Path, typer.Argument(help="Where to write the demo's data, runs and report.")] = Path(
@@ -72,7 +83,10 @@ def simulate(
 def prepare(
     source: Annotated[
         Path,
-        typer.Argument(help="YAML file that says which files to read (kind: coverage, fragments, labelled, peaks)."),
+        typer.Argument(
+            help="YAML file that says which files to read "
+            "(kind: coverage, fragments, h5ad, labelled, peaks, personal or windows)."
+        ),
     ],
     folder: Annotated[Path, typer.Argument(help="New folder for the prepared dataset.")],
     settings: Settings = None,
@@ -82,13 +96,14 @@ def prepare(
     from seqgraft.run import prepare as run
 
     dataset = run(source, folder, tuple(settings or ()))
-    folds = ", ".join(f"{fold} {count}" for fold, count in dataset.regions["fold"].value_counts().items())
-    _say(f"{folder}: {len(dataset)} regions ({folds}), {len(dataset.tracks)} tracks, {dataset.info.in_words}.")
+    _say(f"{folder}: {dataset.in_words}.")
     for name, note in dataset.info.notes.items():
         if note and name not in ("tracks", "fragment_files"):  # a row each: NAME.qc.tsv, dataset.json
             text = duplicates_in_words(note) if name == "duplicates" else note
             if isinstance(text, dict):
                 text = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in text.items() if key != "files")
+            elif isinstance(text, list):
+                text = "; ".join(map(str, text))
             _say(f"  {name.replace('_', ' ')}: {text}")
 
 
@@ -163,7 +178,9 @@ def evaluate(
 
     found = evaluate_run(folder, fold)
     _print_metrics(found.metrics)
-    if found.genes is not None:
+    if found.genes is not None and "gene" in found.genes:  # of donors: a row for each gene and model
+        _say(f"Scores gene by gene are in {folder / 'evaluation' / 'genes.parquet'}.")
+    elif found.genes is not None:
         _say("")
         _say(found.genes.round(3).to_string(index=False))
     _say(f"The whole table is in {folder / 'evaluation' / 'metrics.parquet'}.")
@@ -418,6 +435,28 @@ def report(
 
 
 @app.command()
+def serve(
+    folder: Annotated[Path, typer.Argument(help="A finished run.")],
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 takes a free one.")] = 8000,
+    host: Annotated[str, typer.Option(help="Address to listen at; others than this machine's own let others in.")] = (
+        "127.0.0.1"
+    ),
+    show: Annotated[bool, typer.Option("--open", help="Open the page in the browser.")] = False,
+    replicate: Annotated[
+        list[Path] | None, typer.Option(help="Another run of the same tracks to average with; may be repeated.")
+    ] = None,
+    config: Annotated[Path | None, typer.Option(help="YAML file that says how to score, as for variants.")] = None,
+    settings: Settings = None,
+) -> None:
+    """A local web page: effects of variants, the signal of both alleles, and logos; it ends with Ctrl-C."""
+    from seqgraft.serve import serve_run
+    from seqgraft.variants import VariantConfig
+
+    parsed = _parsed(VariantConfig, config, settings)
+    serve_run(folder, parsed, replicates=replicate or (), host=host, port=port, show=show, tell=_say)
+
+
+@app.command()
 def export(
     folder: Annotated[Path, typer.Argument(help="A finished run whose adapter can be merged.")],
     out: Annotated[Path, typer.Argument(help="New model folder.")],
@@ -429,23 +468,61 @@ def export(
 ) -> None:
     """Merge a run's adapter and write a model that 'model.name' accepts."""
     from seqgraft.card import write_card
-    from seqgraft.errors import ConfigError
     from seqgraft.experiment import read_experiment
     from seqgraft.models.folders import read_model
     from seqgraft.models.remote_code import allowing
     from seqgraft.run import export_run
 
-    try:
-        text = card.read_text(encoding="utf-8") if card else ""
-    except (OSError, UnicodeDecodeError) as error:
-        remedy = "Give a Markdown text file, or leave it out"
-        raise ConfigError(f"the card cannot be read ({error})", where="--card", remedy=remedy) from error
+    text = _card_text(card)
     difference = export_run(folder, out, name=name, licence=licence, citation=citation, card=text, half=half)
     with allowing(read_experiment(folder / "experiment.yaml").model.remote_code):
         write_card(out)
     _say(f"{out}: merged, with a relative difference of {difference:.1e}.")
     if not read_model(out).content["heads"]:
-        _say("It has no heads of tracks or labels; those of labels stay in the run.")
+        _say("It has no heads of tracks or labels; those of labels stay in the run. 'seqgraft push' shares them.")
+
+
+@app.command()
+def push(
+    folder: Annotated[Path, typer.Argument(help="A finished run.")],
+    repository: Annotated[str | None, typer.Argument(help="OWNER/NAME on the Hugging Face hub.")] = None,
+    to: Annotated[Path | None, typer.Option(help="A new folder instead, in the same layout.")] = None,
+    private: Annotated[bool, typer.Option("--private", help="Make the repository private.")] = False,
+    revision: Annotated[str | None, typer.Option(help="Branch of the repository, made if need be.")] = None,
+    licence: Annotated[str, typer.Option(help="Licence of the adapter; that of the base if not given.")] = "",
+    citation: Annotated[str, typer.Option(help="How to cite it.")] = "",
+    card: Annotated[Path | None, typer.Option(help="A Markdown file for people, which stands first.")] = None,
+) -> None:
+    """Share a run's adapter, with its heads and a model card; data, donors and paths stay behind."""
+    from seqgraft.share import push as run
+
+    stated = {"licence": licence, "citation": citation, "card": _card_text(card)}
+    place = run(folder, repository, to=to, private=private, revision=revision, **stated)
+    _say(f"The adapter is in {place}. Read its README.md: the names of tracks and conditions go along.")
+    _say(f"Others use it with: seqgraft pull {place} NEW_FOLDER")
+
+
+@app.command()
+def pull(
+    source: Annotated[str, typer.Argument(help="OWNER/NAME@COMMIT on the hub, or a folder of 'push --to'.")],
+    folder: Annotated[Path, typer.Argument(help="Run directory to write.")],
+    genome: Annotated[Path | None, typer.Option(help="FASTA of the run's genome, for regions and variants.")] = None,
+    data: Annotated[Path | None, typer.Option(help="A prepared dataset of the same tracks, to evaluate on.")] = None,
+    base: Annotated[str | None, typer.Option(help="Folder of the base model, if it cannot be fetched.")] = None,
+    remote_code: Annotated[
+        str | None, typer.Option(help="The full commit whose Python files may run, for base models made by them.")
+    ] = None,
+) -> None:
+    """Make a shared adapter a run directory that predicts as the run it came from."""
+    from seqgraft.run import label_of
+    from seqgraft.share import pull as run
+
+    found = run(source, folder, genome=genome, data=data, base=base, remote_code=remote_code)
+    opened = found.run
+    facts = f"{len(opened.dataset.tracks)} tracks, {opened.dataset.info.in_words}"
+    _say(f"{folder}: {label_of(opened.experiment)} on {opened.experiment.model.name}, {facts}.")
+    if found.genome is not None and not found.placed:
+        _say("It predicts sequences; for regions and variants pull it with --genome, the FASTA of its genome.")
 
 
 @app.command()

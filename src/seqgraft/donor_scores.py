@@ -11,6 +11,9 @@ is rarer than 5 % among training donors, ``pearson_common_alleles`` of the rest;
 data set cannot tell stands there with the reason. ``unseen_alleles`` is the share of the variants in the window of
 which the fold's donors have an allele that no training donor has.
 
+Where the data have the track "mean", ``pearson_across_genes`` is the correlation, across genes, of their standardised
+means with predictions of these, averaged over the fold's donors; of the trunk's own track, of the logarithm.
+
 ``linearity`` and ``linearity_fitted`` say what share of the run's own predictions is linear in dosage
 (``seqgraft.linearity``).
 
@@ -29,9 +32,10 @@ import pandas as pd
 from scipy import stats
 
 from seqgraft.data.dataset import Dataset
-from seqgraft.dosage import dosage_baselines, heritability
+from seqgraft.data.donors import MEAN
+from seqgraft.dosage import fit_gene
 from seqgraft.errors import ConfigError
-from seqgraft.evaluate import EvaluateConfig, Evaluation
+from seqgraft.evaluate import EvaluateConfig, Evaluation, forgetting
 from seqgraft.intervals import Estimate, bootstrap_of_means, segment_blocks
 from seqgraft.linearity import fold_linearity, values_of
 from seqgraft.metrics import pearson_within
@@ -96,6 +100,7 @@ def evaluate_donors(
     untuned = _untuned(dataset, rows, start, config, model)
     if untuned is not None:
         predictions[_UNTUNED] = untuned
+    levels = {} if MEAN not in dataset.tracks.names else _levels(dataset, rows, own, label, untuned)
     linear, h2 = _linear(dataset)
     predictions |= linear
     predictions |= {name: np.asarray(values, np.float64) for name, values in (extra or {}).items()}
@@ -108,9 +113,12 @@ def evaluate_donors(
             tables.append(_summary(dataset, here[here["model"] == name], name, fold, config, list(linear)))
         tables.append(_ceiling(dataset, here[here["model"] == label], fold, config))
         tables.append(_strata(dataset, fold, predictions, config))
+        tables.append(pd.DataFrame([_across(dataset, name, values, fold, config) for name, values in levels.items()]))
         if config.linearity:
             tables.append(_linearity(dataset, model, fold, label, config))
         differences += [_difference(dataset, here, label, name, fold, config) for name in predictions if name != label]
+    if config.original is not None:
+        tables += forgetting(model, dataset, config, start, label, config.fold)
     genes["name"] = dataset.donors.genes["gene"].to_numpy(str)[genes["gene"]] if dataset.donors else ""
     return Evaluation(
         metrics=pd.concat(tables, ignore_index=True),
@@ -136,9 +144,10 @@ def _linear(dataset: Dataset) -> tuple[dict[str, Floats], Floats]:
         expression = np.full(len(donors.donors), np.nan)
         expression[donors.donor[here]] = truth[here]
         dosage = donors.dosage(gene)[0].astype(np.float64)
-        for name, model in dosage_baselines(dosage, expression, training, ploidy=donors.ploidy).items():
+        models, share = fit_gene(dosage, expression, training, ploidy=donors.ploidy)
+        for name, model in models.items():
             found.setdefault(name, np.full(len(dataset), np.nan))[here] = model.predictions[donors.donor[here]]
-        h2[gene] = heritability(dosage, expression, training, ploidy=donors.ploidy).value
+        h2[gene] = share.value
     return found, h2
 
 
@@ -147,9 +156,10 @@ def _untuned(
 ) -> Floats | None:
     """The one of the trunk's own tracks that serves training donors best, summed over the bins that heads see.
 
-    Raw units, mean over haplotypes; None for a trunk without tracks of its own.
+    Raw units, mean over haplotypes; of a strand pair, the gene's own strand is one track and the other strand another.
+    None for a trunk without tracks of its own.
     """
-    reference = build_pretrained(start, dataset.info, around_centre=start.centre)
+    reference = build_pretrained(start, dataset.info, of_labels=True)
     if reference is None:
         return None
     reference.to(next(model.parameters()).device)
@@ -158,6 +168,8 @@ def _untuned(
     values = predict(reference, dataset, rows, batch_size=config.batch_size, what="pretrained tracks")
     bin_size = reference.trunk.spec.bin_size
     raw = unsquash(values.astype(np.float64), reference.tracks, bin_size).sum(-1)
+    minus = (dataset.regions["strand"] == "-").to_numpy()[rows]
+    raw[minus] = raw[minus][:, reference.tracks.permutation]
     train = np.flatnonzero((dataset.regions["fold"] == "train").to_numpy()[rows])
     truth = dataset.raw_targets(rows[train])[:, 0, 0]
     scores = [pearson_within(truth, column[train], donors.gene[rows[train]]).mean() for column in raw.T]
@@ -257,6 +269,37 @@ def _effects(
     if known.sum() < 3 or y.std() == 0:
         reason = "fewer than three genes have two haplotypes with enough donors" if known.sum() < 3 else "constant"
         return _row(name, fold, "haplotype_effect", (np.nan, np.nan, np.nan), int(known.sum()), reason)
+    return _row(name, fold, "haplotype_effect", _correlated(x, y, blocks[known], config), int(known.sum()), note)
+
+
+def _levels(
+    dataset: Dataset, rows: npt.NDArray[np.int64], own: npt.NDArray[np.floating], label: str, untuned: Floats | None
+) -> dict[str, Floats]:
+    """Predictions ``(rows of the dataset,)`` of the track of means, by model; ``own`` are those of ``rows``."""
+    values = np.full(len(dataset), np.nan)
+    values[rows] = own[:, dataset.tracks.names.index(MEAN), 0]
+    return {label: values} | ({} if untuned is None else {_UNTUNED: np.log1p(np.maximum(untuned, 0))})
+
+
+def _across(dataset: Dataset, name: str, values: Floats, fold: str, config: EvaluateConfig) -> dict[str, Any]:
+    """How well the means of a fold's genes are predicted, across genes."""
+    rows, metric = dataset.rows(fold), "pearson_across_genes"
+    assert dataset.donors is not None
+    genes, group = np.unique(dataset.donors.gene[rows], return_inverse=True)
+    truth = dataset.raw_targets(rows)[:, dataset.tracks.names.index(MEAN), 0]
+    x, y = (np.bincount(group, each) / np.bincount(group) for each in (truth, values[rows]))
+    if len(genes) < 3 or y.std() == 0 or x.std() == 0:
+        reason = "fewer than three genes" if len(genes) < 3 else "constant"
+        return _row(name, fold, metric, (np.nan, np.nan, np.nan), len(genes), reason, MEAN)
+    note = "genes that were trained on" if fold == "test" else ""
+    bounds = _correlated(x, y, _blocks(dataset, genes, config), config)
+    return _row(name, fold, metric, bounds, len(genes), note, MEAN)
+
+
+def _correlated(
+    x: Floats, y: Floats, blocks: npt.NDArray[np.int64], config: EvaluateConfig
+) -> tuple[float, float, float]:
+    """Pearson across genes, and its interval."""
     products = np.column_stack([x, y, x * x, y * y, x * y])
 
     def correlation(means: Floats) -> Floats:
@@ -264,8 +307,8 @@ def _effects(
         scale = np.maximum((aa - a * a) * (bb - b * b), 1e-30)
         return np.asarray((ab - a * b) / np.sqrt(scale))[..., None]
 
-    found = bootstrap_of_means(products, blocks[known], draws=config.draws, of=correlation)
-    return _row(name, fold, "haplotype_effect", (found.value[0], found.low[0], found.high[0]), int(known.sum()), note)
+    found = bootstrap_of_means(products, blocks, draws=config.draws, of=correlation)
+    return float(found.value[0]), float(found.low[0]), float(found.high[0])
 
 
 def _ceiling(dataset: Dataset, genes: pd.DataFrame, fold: str, config: EvaluateConfig) -> pd.DataFrame:
@@ -340,7 +383,7 @@ def _alleles(dataset: Dataset, rows: npt.NDArray[np.int64]) -> tuple[npt.NDArray
     for gene in np.unique(donors.gene[rows]):
         at = np.flatnonzero(donors.gene[rows] == gene)
         dosage = donors.dosage(int(gene))[0].astype(np.int64)
-        ploidy = donors.genotypes.ploidy_on(donors.genes["chrom"].iloc[gene]).astype(np.int64)
+        ploidy = donors.ploidy_of(int(gene))
         frequency = dosage[training].sum(0) / ploidy[training].sum()
         here = donors.donor[rows[at]]
         carried = np.stack([dosage[here] > 0, dosage[here] < ploidy[here, None]])
@@ -398,12 +441,20 @@ def _difference(
     )
 
 
-def _row(model: str, fold: str, metric: str, bounds: tuple[float, float, float], n: int, note: str) -> dict[str, Any]:
+def _row(
+    model: str,
+    fold: str,
+    metric: str,
+    bounds: tuple[float, float, float],
+    n: int,
+    note: str,
+    group: str = "expression",
+) -> dict[str, Any]:
     value, low, high = bounds
     return {
         "model": model,
         "fold": fold,
-        "group": "expression",
+        "group": group,
         "track": "",
         "metric": metric,
         "value": value,

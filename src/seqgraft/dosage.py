@@ -10,6 +10,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -19,12 +20,13 @@ from sklearn.linear_model import ElasticNetCV, LassoCV
 
 from seqgraft.errors import ConfigError, DataError
 
-__all__ = ["DOSAGE_BASELINES", "Heritability", "Linear", "dosage_baselines", "heritability"]
+__all__ = ["DOSAGE_BASELINES", "Heritability", "Linear", "dosage_baselines", "fit_gene", "heritability"]
 
 Floats = npt.NDArray[np.float64]
 
 _GRID = np.arange(1, 100) / 100  # of heritabilities; the best is refined between its neighbours
 _FEWEST = 10  # training donors
+_FREQUENCY, _FOLDS = 0.05, 5  # of the rarer allele at least; of cross-validation
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,10 @@ class _Fold:
     def x(self) -> Floats:
         return self.z[self.train]
 
+    @cached_property
+    def reml(self) -> _Reml:
+        return _reml(self)
+
     def linear(self, weights: Floats, variants: int) -> Linear:
         """From weights of the standardised dosage ``(used,)``."""
         out = np.zeros(variants)
@@ -86,8 +92,8 @@ def dosage_baselines(
     wanted: Sequence[str] | None = None,
     *,
     ploidy: int = 2,
-    frequency: float = 0.05,
-    folds: int = 5,
+    frequency: float = _FREQUENCY,
+    folds: int = _FOLDS,
     seed: int = 0,
 ) -> dict[str, Linear]:
     """Linear models of one gene by their names in tables.
@@ -119,13 +125,29 @@ def heritability(
     train: npt.NDArray[np.int64],
     *,
     ploidy: int = 2,
-    frequency: float = 0.05,
+    frequency: float = _FREQUENCY,
 ) -> Heritability:
     """The heritability of one gene's expression by the variants of its window; arguments as of ``dosage_baselines``."""
-    data = _prepare(dosage, expression, train, ploidy, frequency)
+    return _heritability(_prepare(dosage, expression, train, ploidy, frequency))
+
+
+def fit_gene(
+    dosage: npt.NDArray[np.floating],
+    expression: npt.NDArray[np.floating],
+    train: npt.NDArray[np.int64],
+    *,
+    ploidy: int = 2,
+) -> tuple[dict[str, Linear], Heritability]:
+    """All that ``dosage_baselines`` and ``heritability`` say of one gene, whose relatedness is decomposed once."""
+    data = _prepare(dosage, expression, train, ploidy, _FREQUENCY)
+    models = {name: data.linear(fit(data, _FOLDS, 0), dosage.shape[1]) for name, fit in DOSAGE_BASELINES.items()}
+    return models, _heritability(data)
+
+
+def _heritability(data: _Fold) -> Heritability:
     if not data.used.size:
         return Heritability(0.0, 0.0, 1.0)
-    found = _reml(data)
+    found = data.reml
     at_zero, curvature = found.likelihood(0.0), found.curvature()
     ratio = max(0.0, 2 * (found.likelihood(found.value) - at_zero))
     p = 1.0 if ratio == 0 else 0.5 * float(stats.chi2.sf(ratio, 1))
@@ -174,7 +196,7 @@ def _blup(data: _Fold, folds: int, seed: int) -> Floats:  # noqa: ARG001
     """Ridge regression with the penalty that REML gives: the best linear unbiased prediction (GBLUP)."""
     if not len(data.used):
         return np.zeros(0)
-    found = _reml(data)
+    found = data.reml
     ratio = found.value / max(1 - found.value, 1e-6)
     # cov(g) / var(e) = ratio K: weights = Z' (K + I / ratio)^-1 y / variants
     solved = found.vectors @ ((found.vectors.T @ data.y) * ratio / (1 + ratio * found.values))

@@ -33,7 +33,8 @@ class SeqgraftError(Exception):
         if value is not None:
             text += f": {value!r}"
         text = f"{where}: {text}" if where is not None else text[:1].upper() + text[1:]
-        super().__init__(f"{text}. {remedy.rstrip('.')}." if remedy else f"{text}.")
+        asked = (remedy or "").rstrip(".")
+        super().__init__(f"{text}. {asked}{'' if asked.endswith('?') else '.'}" if asked else f"{text}.")
 
 
 class ConfigError(SeqgraftError):

@@ -37,7 +37,7 @@ from seqgraft.genes import (
 from seqgraft.genome import match_chroms, read_gtf
 from seqgraft.intervals import Estimate, bootstrap_interval, paired_bootstrap, segment_blocks
 from seqgraft.metrics import METRICS, Moments, region_means
-from seqgraft.models.base import SequenceModel
+from seqgraft.models.base import Beside, SequenceModel
 from seqgraft.models.weights import ModelConfig, build_pretrained
 from seqgraft.predict import FORWARD_ONLY, predict
 from seqgraft.scoring import METRICS_OF_LINK, Card, Scorecard, card_rows, clean_fold
@@ -52,6 +52,7 @@ from seqgraft.specificity import (
 from seqgraft.tracks import TrackTable, unsquash
 
 __all__ = ["EvaluateConfig", "Evaluation", "GenesConfig", "compare_runs", "evaluate_model", "fold_baselines"]
+__all__ += ["forgetting"]
 
 Array = npt.NDArray[Any]
 
@@ -190,7 +191,7 @@ def evaluate_model(
     whole = _Rows(fold, "", rows, truth, predictions, _blocks(dataset, rows, config))
     parts = _parts(whole, dataset)
     tables, differences, confusion = zip(*(_score(part, dataset, config, label) for part in parts), strict=True)
-    forgotten = _forgetting(model, dataset, config, start, label, fold)
+    forgotten = forgetting(model, dataset, config, start, label, fold)
     clean, clean_confusion = parts[0], pd.concat(confusion, ignore_index=True)
     return Evaluation(
         metrics=pd.concat([*tables, *forgotten], ignore_index=True),
@@ -290,13 +291,14 @@ def _blocks(dataset: Dataset, rows: npt.NDArray[np.int64], config: EvaluateConfi
 # ---- forgetting ----
 
 
-def _forgetting(
+def forgetting(
     model: SequenceModel, dataset: Dataset, config: EvaluateConfig, start: ModelConfig, label: str, fold: str
 ) -> list[pd.DataFrame]:
     """How much of the pretrained tracks an adapter that moves the trunk's function has cost.
 
     On their own data (``original``) they are scored before and after. Without those, before and after are compared with
-    each other: metric "agreement", 1 if nothing was forgotten.
+    each other: metric "agreement", 1 if nothing was forgotten. Heads of these tracks that trained along are those that
+    are scored after.
     """
     moved = model.adapted is not None and model.adapted.counts.adapter + model.adapted.counts.trunk > 0
     if not moved and config.original is None:
@@ -318,7 +320,8 @@ def _forgetting(
         note = "original tracks, after adaptation against before"
         cards = _pearson_cards(reference.tracks, before, after, rows)
         return [_original(label, fold, "agreement", card, None, blocks, note, config) for card in cards]
-    known = [name for name in reference.tracks.names if name in data.tracks.names]
+    ours = reference.tracks if model.beside is None else model.beside.tracks
+    known = [name for name in reference.tracks.names if name in data.tracks.names and name in ours.names]
     if not known:
         raise ConfigError(
             "the dataset has none of the tracks that the model was pretrained on",
@@ -329,8 +332,10 @@ def _forgetting(
     # the heads were fitted to the model's own scale and squash, whatever the dataset's table says
     tracks = reference.tracks.select(known)
     truth = data.select_tracks(tracks).squashed_targets(rows)
-    order = [reference.tracks.names.index(name) for name in known]
-    first, second = (_pearson_cards(tracks, truth, values[:, order], rows) for values in (before, after))
+    first, second = (
+        _pearson_cards(tracks, truth, values[:, [table.names.index(name) for name in known]], rows)
+        for values, table in ((before, reference.tracks), (after, ours))
+    )
     nothing: Sequence[Card | None] = [None] * len(first)
     return [
         _original(name, fold, metric, card, other, blocks, note, config)
@@ -346,15 +351,12 @@ def _forgetting(
 def _under_pretrained_heads(
     model: SequenceModel, reference: SequenceModel, data: Dataset, rows: npt.NDArray[np.int64], config: EvaluateConfig
 ) -> Array:
-    """What the pretrained heads make of the adapted trunk, which is cropped as these data need it."""
-    stages = model.trunk.stages
-    own = {name: stage for name, stage in stages.items() if not any(True for _ in stage.parameters())}
-    stages.update({name: reference.trunk.stages[name] for name in own})
-    try:
-        adapted = SequenceModel(model.trunk, dict(reference.heads.items()), reference.tracks)  # type: ignore[arg-type]
+    """What the pretrained heads, or those that trained along, make of the adapted trunk, cropped for these data."""
+    beside = Beside(reference)
+    if model.beside is not None and config.original is not None:
+        beside.heads, beside.tracks = model.beside.heads, model.beside.tracks
+    with beside.cropping(model.trunk) as adapted:
         return predict(adapted, data, rows, batch_size=config.batch_size, what="original tracks, adapted")
-    finally:
-        stages.update(own)
 
 
 def _pearson_cards(tracks: TrackTable, truth: Array, predicted: Array, rows: npt.NDArray[np.int64]) -> list[Card]:

@@ -25,6 +25,7 @@ from seqgraft.adapters.freeze import LinearProbe
 from seqgraft.data import SOURCES
 from seqgraft.errors import ConfigError, Problems, SeqgraftError
 from seqgraft.evaluate import EvaluateConfig
+from seqgraft.joint import JointConfig
 from seqgraft.losses import LOSSES, PAIR_LOSSES, TOKEN_LOSSES, Loss, MaskedTokens, PairLoss
 from seqgraft.models.weights import ModelConfig
 from seqgraft.train import TrainConfig
@@ -52,6 +53,8 @@ class Experiment:
         data: folder of a prepared dataset.
         loss: one loss for all groups of tracks, or group -> loss; the usual one of each link if not given.
             ``masked_tokens`` trains a language model on the sequences alone.
+        loss_weights: group -> what its part of the loss is multiplied by; 1 for those that are not named.
+        joint: other data, of tracks that the model was pretrained on, which train along.
         allow_exposure: train although test windows overlap regions that the trunk was pretrained on.
     """
 
@@ -62,6 +65,8 @@ class Experiment:
     train: TrainConfig = field(default_factory=TrainConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     allow_exposure: bool = False
+    loss_weights: Mapping[str, float] = field(default_factory=dict)
+    joint: JointConfig | None = None
 
 
 def read_yaml(path: Path | None, overrides: Sequence[str] = ()) -> dict[str, Any]:
@@ -73,8 +78,8 @@ def read_yaml(path: Path | None, overrides: Sequence[str] = ()) -> dict[str, Any
     """
     content = {} if path is None else _parse(_read_text(path), path)
     if not isinstance(content, dict):
-        found, remedy = type(content).__name__, "Write lines such as 'data: folder'"
-        raise ConfigError("the file must hold 'key: value' lines and holds", found, where=path, remedy=remedy)
+        found, remedy = "a list" if isinstance(content, list) else content, "Write lines such as 'data: folder'"
+        raise ConfigError("the file must hold 'key: value' lines and does not", found, where=path, remedy=remedy)
     for override in overrides:
         name, equals, text = override.partition("=")
         if not equals:
@@ -265,14 +270,28 @@ def _convert(hint: Any, value: object, where: str) -> Any:
         return tuple(build(items[0], item, f"{where}[{number}]") for number, item in enumerate(value))  # type: ignore[arg-type]
     if isinstance(value, bool) and not {bool, Any} & set(options):  # pydantic would take it for 0 or 1
         raise ConfigError("must not be true or false", value, where=where, remedy=f"Give {_in_words(options)}")
+    if isinstance(value, bytes):  # pydantic would take it for text
+        remedy = f"Give {_in_words(options)}, without !!binary"
+        raise ConfigError("must not be binary", value, where=where, remedy=remedy)
     try:
         return TypeAdapter(hint, config={"arbitrary_types_allowed": True}).validate_python(value)
     except ValidationError as error:
-        reason = error.errors()[0]["msg"].removeprefix("Value error, ").removeprefix("Input ")
+        first = error.errors()[0]
+        reason = first["msg"].removeprefix("Value error, ").removeprefix("Input ")
         remedy = f"Give {_in_words(options)}"
-        raise ConfigError(reason[:1].lower() + reason[1:], value, where=where, remedy=remedy) from error
+        if first["type"] == "tuple_type" and isinstance(value, str):
+            remedy += f", as in [{value}]"
+        what = _REASONS.get(first["type"], reason[:1].lower() + reason[1:])
+        raise ConfigError(what, value, where=where, remedy=remedy) from error
 
 
+#: What pydantic says in Python's words, in those of YAML.
+_REASONS = {
+    "tuple_type": "should be a list",
+    "dict_type": "should be a section",
+    "mapping_type": "should be a section",
+    "path_type": "is not a path",
+}
 _WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text (in quotes)", Path: "a path"}
 
 

@@ -23,18 +23,16 @@ import pandas as pd
 import torch
 from scipy import stats
 
-from seqgraft.data.augment import Augmentation, View
+from seqgraft.data.augment import Augmentation
 from seqgraft.data.dataset import Dataset
-from seqgraft.data.donors import MARGIN, Donors
+from seqgraft.data.donors import Donors, shown
 from seqgraft.data.genotypes import Numbers
-from seqgraft.data.haplotypes import Haplotypes
 from seqgraft.errors import ConfigError
 from seqgraft.local import Recompute
 from seqgraft.metrics import pearson_within
 from seqgraft.models.base import SequenceModel
 from seqgraft.predict import FORWARD_ONLY
 from seqgraft.progress import progress
-from seqgraft.sequence import Codes, reverse_complement
 
 __all__ = ["Driver", "Effects", "donors_of", "find_drivers", "select_drivers", "variant_effects"]
 
@@ -96,8 +94,8 @@ def donors_of(dataset: Dataset) -> Donors:
 def carried_share(donors: Donors, gene: int) -> Floats:
     """Which share of its haplotypes has each variant of a gene's window, ``(donors, variants)``: dosage / ploidy."""
     dosage, _ = donors.dosage(gene)
-    ploidy = donors.genotypes.ploidy_on(donors.genes["chrom"].iloc[gene])
-    return dosage / np.asarray(ploidy, dtype=np.float64)[:, None]
+    share: Floats = dosage / donors.ploidy_of(gene)[:, None]
+    return share
 
 
 def variant_effects(
@@ -122,16 +120,12 @@ def variant_effects(
     """
     donors = donors_of(dataset)
     chosen = np.arange(len(donors.genes)) if genes is None else np.unique(np.asarray(genes, dtype=np.int64))
-    furthest = max(abs(view.shift) for view in ensemble.views())
-    if furthest > MARGIN:
-        what, remedy = f"sequences of donors can be shifted by {MARGIN} bp at most", "Use a smaller shift"
-        raise ConfigError(what, furthest, where="evaluate.ensemble", remedy=remedy)
     engine = Recompute(model, local=local)
     training = np.flatnonzero(donors.donors["fold"] == "train")
     reference, tables, numbers, variants = [], [], [], []
     for gene in progress(chosen.tolist(), "effects of variants", total=len(chosen)):
         dosage, rows = donors.dosage(gene)
-        known, values = _effects(engine, donors, gene, rows, ensemble, batch_size)
+        known, values = _effects(engine, donors, gene, ensemble, batch_size)
         reference.append(known)
         tables.append(_table(donors, gene, rows, values, dosage[training].astype(np.float64)))
         numbers.append(np.full(len(rows), gene))
@@ -142,17 +136,14 @@ def variant_effects(
 
 
 def _effects(
-    engine: Recompute, donors: Donors, gene: int, rows: Numbers, ensemble: Augmentation, batch_size: int
+    engine: Recompute, donors: Donors, gene: int, ensemble: Augmentation, batch_size: int
 ) -> tuple[float, Floats]:
     """The prediction for the reference, and what each variant changes of it, means over the views."""
-    chrom, tss = str(donors.genes["chrom"].iloc[gene]), int(donors.genes["tss"].iloc[gene])
-    alone = Haplotypes(donors.genome, donors.genotypes.singly(chrom, rows))
-    numbers = np.arange(len(rows) + 1)
-    wide = alone.codes(chrom, tss, donors.window + 2 * MARGIN, np.stack([numbers, 0 * numbers], axis=1))
-    views, total, changes = ensemble.views(), 0.0, np.zeros(len(rows))
+    wide = donors.alone(gene)
+    views, total, changes = ensemble.views(), 0.0, np.zeros(len(wide) - 1)
     for view in views:
-        shown = _seen(wide, view, donors.window)
-        base, edited = shown[-1], shown[:-1]
+        windows = shown(wide, view, donors.window)
+        base, edited = windows[-1], windows[:-1]
         known = engine.reference(torch.from_numpy(base))
         value = float(engine.predict_reference(known)[0, 0])
         differs = np.flatnonzero((edited != base).any(1))
@@ -162,12 +153,6 @@ def _effects(
             changes[batch] += found.double().cpu().numpy() - value
         total += value
     return total / len(views), changes / len(views)
-
-
-def _seen(codes: Codes, view: View, window: int) -> Codes:
-    """The window of a view in wide sequences ``(n, window + 2 MARGIN)``."""
-    shown = codes[:, MARGIN + view.shift : MARGIN + view.shift + window]
-    return np.ascontiguousarray(reverse_complement(shown) if view.reverse else shown)
 
 
 def _table(donors: Donors, gene: int, rows: Numbers, effects: Floats, dosage: Floats) -> pd.DataFrame:

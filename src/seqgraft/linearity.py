@@ -25,9 +25,8 @@ import torch
 
 from seqgraft.data.augment import FORWARD
 from seqgraft.data.dataset import Dataset
-from seqgraft.data.donors import Donors
+from seqgraft.data.donors import Donors, shown
 from seqgraft.data.genotypes import Numbers
-from seqgraft.data.haplotypes import Haplotypes
 from seqgraft.local import Recompute
 from seqgraft.models.base import SequenceModel
 from seqgraft.progress import progress
@@ -87,17 +86,13 @@ def fold_linearity(dataset: Dataset, fold: str, values: Values, most: int) -> pd
 def gene_linearity(donors: Donors, gene: int, chosen: Numbers, values: Values) -> GeneLinearity:
     """How linear a model is across some donors ``(n,)`` of a gene; both are numbers of ``donors``."""
     dosage, rows = donors.dosage(gene)
-    chrom, tss = str(donors.genes["chrom"].iloc[gene]), int(donors.genes["tss"].iloc[gene])
-    ploidy = donors.genotypes.ploidy_on(chrom)[chosen].astype(np.float64)
-    share = dosage[chosen] / ploidy[:, None]
+    share = dosage[chosen] / donors.ploidy_of(gene)[chosen, None]
     differing = np.flatnonzero(np.ptp(share, axis=0) > 0)
     carried = np.asarray(donors.haplotypes[gene, chosen], dtype=np.int64)
     there = carried >= 0
     sequences, first, place = np.unique(carried[there], return_index=True, return_inverse=True)
 
-    alone = Haplotypes(donors.genome, donors.genotypes.singly(chrom, rows))
-    pairs = np.stack([np.append(differing, len(rows)), np.zeros(len(differing) + 1, dtype=np.int64)], axis=1)
-    single = alone.codes(chrom, tss, donors.window, pairs)
+    single = shown(donors.alone(gene, differing), FORWARD, donors.window)
     whole = donors.codes(sequences, [FORWARD] * len(sequences))
     found = values(single[-1], np.concatenate([single, whole]))
     effects = found[: len(differing)] - found[len(differing)]

@@ -19,7 +19,7 @@ from matplotlib.textpath import TextPath
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 from matplotlib.transforms import Affine2D
 
-from seqgraft.plots import AREA, COLOURS, FAINT, INK, styled
+from seqgraft.plots import AREA, COLOURS, FAINT, styled
 
 __all__ = ["attribution_figure", "save_figure", "strongest_stretch"]
 
@@ -28,6 +28,7 @@ Floats = npt.NDArray[np.floating]
 STRETCH = 80  # letters that stay readable beside each other
 _SITE = 12  # bp: about a motif
 _BASES = "ACGT"
+_DOT = "#1c2025"  # on the white of the heat map, which stays white on a dark page: no colour of the theme
 _LETTERS = (COLOURS[2], COLOURS[0], COLOURS[1], COLOURS[3])
 _WIDTH, _LEFT, _RIGHT = 9.0, 0.09, 0.90
 
@@ -41,6 +42,7 @@ def attribution_figure(
     number: str,
     method: str,
     name: str = "",
+    marked: tuple[int, int] | None = None,
 ) -> Figure:
     """The attributions of one region: all of them, a logo of its strongest stretch, and a heat map of that stretch.
 
@@ -53,6 +55,7 @@ def attribution_figure(
         number: what is explained.
         method: gradient or ism.
         name: of the region.
+        marked: first position and end of a stretch to shade, such as a variant's.
     """
     known = codes < 4
     there = np.where(known, np.take_along_axis(hypothetical, np.minimum(codes, 3)[None].astype(np.int64), 0)[0], 0.0)
@@ -75,6 +78,8 @@ def attribution_figure(
         part = slice(first, last)
         _logo(panels[-2], there[part], codes[part], start + first)
         _heat(figure, panels[-1], hypothetical[:, part], codes[part], start + first)
+        if marked is not None and first <= marked[0] < last:
+            panels[-2].axvspan(marked[0] - first, min(marked[1], last) - first, color=AREA, alpha=0.5, linewidth=0)
         panels[-2].set_ylabel("attribution")
         panels[-2].tick_params(labelbottom=False)
         word = "change when it is this base" + ("" if method == "ism" else " (first order)")
@@ -147,7 +152,7 @@ def _heat(figure: Figure, axes: Axes, hypothetical: Floats, codes: npt.NDArray[n
         change, cmap=colours, vmin=-limit, vmax=limit, aspect="auto", interpolation="nearest",
         extent=(0.0, float(len(codes)), 4.0, 0.0),
     )  # fmt: skip
-    axes.plot(np.flatnonzero(known) + 0.5, base[known] + 0.5, linestyle="none", marker=".", markersize=2.5, color=INK)
+    axes.plot(np.flatnonzero(known) + 0.5, base[known] + 0.5, linestyle="none", marker=".", markersize=2.5, color=_DOT)
     axes.set_yticks(np.arange(4) + 0.5, list(_BASES))
     axes.tick_params(axis="y", length=0)
     _places(axes, start, len(codes))

@@ -191,7 +191,7 @@ def _shaped(tensor: Tensor) -> Tensor:
 
 
 def _shaped_sample(sample: Sample) -> Sample:
-    def shaped(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def shaped(values: Mapping[str, Tensor]) -> dict[str, Any]:
         return {name: _shaped(value) for name, value in values.items()}
 
     tensors = {name: getattr(sample, name) for name in ("codes", "lengths", "row", "targets", "mask")}

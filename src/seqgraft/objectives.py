@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from seqgraft.data.donors import MEAN
 from seqgraft.errors import ConfigError
 from seqgraft.losses import (
     AllPairs,
@@ -84,9 +85,10 @@ class Elementwise:
         losses: group -> loss; groups that are not named take the usual loss of their link.
         class_weights: track -> how much its positives (sigmoid) or its class (softmax) count; others count once.
         lengths: of the sequences of all rows, so that a batch has some of like length; None: whatever their lengths.
+        shares: group -> what its term is multiplied by; 1 if not named.
 
     Raises:
-        ConfigError: a loss for a group that does not exist.
+        ConfigError: a loss or a share for a group that does not exist; a share that is not above 0.
     """
 
     def __init__(
@@ -95,17 +97,18 @@ class Elementwise:
         losses: Mapping[str, Loss] | None = None,
         class_weights: Mapping[str, float] | None = None,
         lengths: npt.NDArray[np.int64] | None = None,
+        shares: Mapping[str, float] | None = None,
     ) -> None:
         self.lengths = lengths
-        losses = losses or {}
-        unknown = sorted(set(losses) - set(tracks.groups))
-        if unknown:
-            raise ConfigError(
-                "the loss names groups of tracks that do not exist",
-                unknown,
-                where="loss",
-                remedy=f"The groups are {list(tracks.groups)}",
-            )
+        losses, shares = losses or {}, shares or {}
+        for where, named in (("loss", losses), ("loss_weights", shares)):
+            if unknown := sorted(set(named) - set(tracks.groups)):
+                what, remedy = "names groups of tracks that do not exist", f"The groups are {list(tracks.groups)}"
+                raise ConfigError(what, unknown, where=where, remedy=remedy)
+        if wrong := {group: share for group, share in shares.items() if not 0 < share < np.inf}:
+            remedy = "Leave a group out of the data that is not to train"
+            raise ConfigError("a weight must be above 0", wrong, where="loss_weights", remedy=remedy)
+        self.shares = torch.tensor([float(shares.get(group, 1.0)) for group in tracks.groups])
         links = tracks.frame["link"].tolist()
         self.terms = list(tracks.groups)
         self._parts: list[tuple[list[int], str, Loss, Tensor]] = []
@@ -132,7 +135,8 @@ class Elementwise:
 
     def __call__(self, model: nn.Module, sample: Sample) -> Tensor:
         values = model(sample)
-        return torch.stack([self._term(part, values, sample)[0] for part in self._parts])
+        totals = torch.stack([self._term(part, values, sample)[0] for part in self._parts])
+        return totals * self.shares.to(totals)
 
     def _term(self, part: tuple[list[int], str, Loss, Tensor], values: Tensor, sample: Sample) -> tuple[Tensor, Tensor]:
         index, link, loss, weight = part
@@ -156,13 +160,26 @@ class OfGenes(Elementwise):
         losses: group -> loss; "expression" takes ``AllPairs`` if it is not named.
         genes: of all rows.
         block: donors of one gene in a batch, at most; batches are as many blocks as fit.
+        shares: see ``Elementwise``.
+
+    Raises:
+        ConfigError: as ``Elementwise``; a loss of how donors differ for the means of genes, in which they do not.
     """
 
     def __init__(
-        self, tracks: TrackTable, losses: Mapping[str, Loss | PairLoss], genes: npt.NDArray[np.int64], block: int
+        self,
+        tracks: TrackTable,
+        losses: Mapping[str, Loss | PairLoss],
+        genes: npt.NDArray[np.int64],
+        block: int,
+        shares: Mapping[str, float] | None = None,
     ) -> None:
+        if hasattr(losses.get(MEAN), "of_genes"):
+            what, remedy = "donors of a gene do not differ in its mean", "Use mse or huber"
+            raise ConfigError(what, type(losses[MEAN]).__name__, where=f"loss.{MEAN}", remedy=remedy)
         usual: dict[str, Loss | PairLoss] = {group: AllPairs() for group in tracks.groups if group == "expression"}
-        super().__init__(tracks, cast("Mapping[str, Loss]", {**usual, **losses}))  # ``_term`` tells them apart
+        named = cast("Mapping[str, Loss]", {**usual, **losses})  # ``_term`` tells them apart
+        super().__init__(tracks, named, shares=shares)
         self.genes, self.block = genes, block
 
     def batches(self, rows: npt.NDArray[np.int64], size: int, seed: int, epoch: int) -> list[npt.NDArray[np.int64]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import shutil
@@ -10,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from seqgraft.adapters import Counts, adapt
@@ -19,6 +21,7 @@ from seqgraft.data.duplicates import duplicates_in_words
 from seqgraft.errors import ConfigError, RunError, SeqgraftError
 from seqgraft.experiment import Experiment
 from seqgraft.exposure import MAX_EXPOSURE, test_exposure
+from seqgraft.joint import Joint
 from seqgraft.memory import (
     FrozenBytes,
     bytes_per_row,
@@ -29,10 +32,12 @@ from seqgraft.memory import (
 )
 from seqgraft.models.base import SequenceModel
 from seqgraft.models.masked import MaskedModel
-from seqgraft.predict import BF16_PARAMETERS, has_bf16, resolve_precision
+from seqgraft.objectives import Objective
+from seqgraft.predict import BF16_PARAMETERS, Precision, has_bf16, resolve_precision
 from seqgraft.run import build_run, label_of, objective_of, tokens_of, with_precision
+from seqgraft.sample import Sample
 from seqgraft.scoring import Scorecard
-from seqgraft.train import cache_choice, parameter_groups
+from seqgraft.train import TrainConfig, cache_choice, parameter_groups
 
 __all__ = ["MAX_EXPOSURE", "Cost", "Plan", "parse_memory", "plan_run", "test_exposure"]
 
@@ -40,6 +45,7 @@ __all__ = ["MAX_EXPOSURE", "Cost", "Plan", "parse_memory", "plan_run", "test_exp
 #: Parameters of the trunk times bp of a region above which no step is run only to be measured: from about there on, it
 #: takes ten seconds of a core.
 _LONG = 5e12
+_BATCHES = 100  # of donors, in which distinct haplotypes are counted
 
 
 @dataclass(frozen=True)
@@ -50,11 +56,14 @@ class Cost:
         fixed_bytes: weights, gradients, optimiser and buffers.
         bytes_per_row: activations and their gradients at the worst moment, per region of a batch.
         seconds_per_row: forward and backward pass of one region, measured on this machine; None if none was run.
+        distinct: of donors, which share haplotypes, what a region of a batch takes of what it takes alone; both numbers
+            above are of a region in a batch.
     """
 
     fixed_bytes: int
     bytes_per_row: int
     seconds_per_row: float | None
+    distinct: float = 1.0
 
     def peak_bytes(self, batch_size: int) -> int:
         return self.fixed_bytes + batch_size * self.bytes_per_row
@@ -89,7 +98,7 @@ def plan_run(experiment: Experiment, folder: Path | None = None, memory: int | N
     facts: dict[str, str] = {}
     try:
         model, dataset = build_run(experiment)
-        objective_of(experiment, dataset, model)
+        objective = objective_of(experiment, dataset, model)
         counts = adapt(model, experiment.adapter)
         for fold in ("train", "valid", experiment.evaluate.fold):
             dataset.rows(fold)
@@ -100,6 +109,8 @@ def plan_run(experiment: Experiment, folder: Path | None = None, memory: int | N
     wanted = experiment.train.precision
     experiment = with_precision(experiment, model)
     facts |= _describe(experiment, dataset, model, counts)
+    if isinstance(objective, Joint):
+        facts["joint"] = objective.in_words
     facts["precision"] = _describe_precision(experiment.train.precision, wanted)
     tokens = tokens_of(experiment, model, dataset)
     facts |= tokens.facts
@@ -141,15 +152,13 @@ def plan_run(experiment: Experiment, folder: Path | None = None, memory: int | N
 
 def _describe(experiment: Experiment, dataset: Dataset, model: SequenceModel, counts: Counts) -> dict[str, str]:
     info = dataset.info
-    folds = dataset.regions["fold"].value_counts()
     trainable = counts.trainable / max(1, counts.total)
     species = getattr(model.trunk, "settings", {}).get("species")
     duplicates = info.notes.get("duplicates") if isinstance(info.notes, dict) else None
     held = FrozenBytes.of(model)
     return {
         "run": label_of(experiment),
-        "data": f"{len(dataset)} regions ({', '.join(f'{fold} {count}' for fold, count in folds.items())}), "
-        f"{len(dataset.tracks)} tracks, {info.in_words}",
+        "data": dataset.in_words,
         "model": f"{experiment.model.name} ({'random' if model.trunk.spec.weights is None else 'pretrained'} weights), "
         f"{sum(p.numel() for p in model.trunk.parameters()) - counts.adapter:,} parameters"
         + (f", species {species}" if species else "")
@@ -169,6 +178,8 @@ def measure_cost(
 ) -> Cost:
     """One step on one and on two copies of the longest region: what the second adds to the peak, and the time.
 
+    Of donors, two that share as few haplotypes as there are, times what batches leave of those after sharing.
+
     Args:
         run_step: False counts the bytes without computing, and measures no time, wherever that can be; None does so
             for steps that would take long: those of large models without a card.
@@ -176,17 +187,36 @@ def measure_cost(
     config = experiment.train
     objective = objective_of(experiment, dataset, model)
     rows = dataset.rows("train")
-    longest = rows[0] if dataset.lengths is None else rows[np.argmax(dataset.lengths[rows])]
+    pair, distinct = _costliest(dataset, rows, objective, config)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model.to(device).train()
     model.trunk.checkpointing = config.checkpointing
     precision = resolve_precision(config.precision, model)
-    samples = [objective.draw(dataset.sample(np.repeat(longest, size)), config.seed, 0) for size in (1, 2)]
+    joint, main = (objective, objective.main) if isinstance(objective, Joint) else (None, objective)
+    samples = [main.draw(dataset.sample(pair[:size]), config.seed, 0) for size in (1, 2)]
     if run_step is None:
         size = sum(p.numel() for p in model.trunk.parameters()) * samples[0].codes.shape[1]
         run_step = device.type == "cuda" or size <= _LONG
+    per_row, seconds = _step_of(model, main, samples, precision, run_step)
+    per_row, seconds = math.ceil(per_row * distinct), None if seconds is None else seconds * distinct
+    if joint is not None:
+        regions = [joint.sample(joint.regions[[0] * size], config.seed, 0) for size in (1, 2)]
+        more, longer = _step_of(model, joint.other, regions, precision, run_step)
+        per_row += math.ceil(more / joint.every)
+        seconds = None if seconds is None or longer is None else seconds + longer / joint.every
+    model.zero_grad(set_to_none=True)
+    model.eval()
+    stored = storage_bytes(tensors_of(model))
+    trained = sum(p.numel() * p.element_size() for group in parameter_groups(model, config) for p in group["params"])
+    return Cost(stored + 3 * trained, per_row, seconds, distinct)
+
+
+def _step_of(
+    model: SequenceModel, objective: Objective, samples: list[Sample], precision: Precision, run_step: bool
+) -> tuple[int, float | None]:
+    """Bytes that the second of two rows adds, and seconds of one; no time where no step was run."""
     per_row = None if run_step else bytes_without_computing(model, objective, samples, precision)
-    seconds = None
+    seconds, device = None, next(model.parameters()).device
     if per_row is None:
         samples = [sample.to(device) for sample in samples]
         per_row = bytes_per_row(model, objective, samples, precision)
@@ -195,11 +225,23 @@ def measure_cost(
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         seconds = (time.perf_counter() - began) / 2
-    model.zero_grad(set_to_none=True)
-    model.eval()
-    stored = storage_bytes(tensors_of(model))
-    trained = sum(p.numel() * p.element_size() for group in parameter_groups(model, config) for p in group["params"])
-    return Cost(fixed_bytes=stored + 3 * trained, bytes_per_row=per_row, seconds_per_row=seconds)
+    return per_row, seconds
+
+
+def _costliest(
+    dataset: Dataset, rows: npt.NDArray[np.int64], objective: Objective, config: TrainConfig
+) -> tuple[npt.NDArray[np.int64], float]:
+    """Two rows that take most, and what the fullest of some batches takes of its rows one by one."""
+    if dataset.donors is None:
+        longest = rows[0] if dataset.lengths is None else rows[np.argmax(dataset.lengths[rows])]
+        return np.repeat(longest, 2), 1.0
+    found = np.sort(dataset.donors.haplotypes_of(rows), axis=1)
+    own = 1 + (np.diff(found, axis=1) > 0).sum(1) - (found[:, 0] < 0)
+    first = int(own.argmax())
+    second = int((own - np.isin(found, found[first][found[first] >= 0]).sum(1)).argmax())
+    batches = objective.batches(rows, config.batch_size, config.seed, 0)[:_BATCHES]
+    fullest = max(len(dataset.stored(batch)) / len(batch) for batch in batches)
+    return rows[[first, second]], fullest / float(own[first])
 
 
 def _describe_precision(precision: str, wanted: str) -> str:
@@ -250,7 +292,8 @@ def _gain(choice: Choice, cost: Cost, rows: int, valid: int) -> str:
     if not choice.used or cost.seconds_per_row is None:
         return ""
     before = (rows + valid / 3) * cost.seconds_per_row
-    after = before - rows * choice.seconds - valid * min(choice.seconds, cost.seconds_per_row / 3)
+    kept = choice.seconds * cost.distinct
+    after = before - rows * kept - valid * min(kept, cost.seconds_per_row / 3)
     times = before / after if after > before / 20 else 20
     return f"; an epoch that finds all of them takes {'' if times < 20 else 'more than '}{times:.1f} times less time"
 

@@ -26,6 +26,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+from matplotlib.transforms import Bbox
 
 from seqgraft.errors import DataError
 
@@ -61,6 +62,7 @@ THEME = {
 
 WIDTH = 4.8  # inches: text stays readable when a phone shrinks it
 MAX_TRACKS = 24
+_LEGEND = 48  # letters of a name in a legend
 _STYLE: Any = {  # matplotlib types each key
     "font.family": ["sans-serif"],
     "font.sans-serif": ["DejaVu Sans", "Verdana", "sans-serif"],
@@ -376,10 +378,15 @@ def tracks_panel(examples: Examples, region: int, max_tracks: int = 6) -> Figure
 
 
 def svg(figure: Figure, name: str, alt: str) -> str:
-    """A figure as an ``<svg>`` element for a page; ids start with ``name``, colours are the page's variables."""
+    """A figure as an ``<svg>`` element for a page; ids start with ``name``, colours are the page's variables.
+
+    It is as much larger than the figure as labels reach beyond that, so that none is cut.
+    """
     buffer = io.StringIO()
     with styled():
-        figure.savefig(buffer, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
+        whole = Bbox.union([figure.bbox_inches, figure.get_tightbbox().padded(0.04)])
+        plain = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+        figure.savefig(buffer, format="svg", metadata=plain, bbox_inches=whole)
     text = buffer.getvalue()
     text = text[text.index("<svg") :]
     for colour, variable in THEME.items():
@@ -449,9 +456,8 @@ def _dots(axes: Axes, part: pd.DataFrame, y: Floats, number: int, label: str) ->
     colour, marker = COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
     axes.hlines(y, low, high, color=colour, linewidth=1.4)
     filled = "full" if number < len(COLOURS) else "none"
-    axes.plot(
-        value, y, linestyle="none", marker=marker, markersize=5.5, color=colour, fillstyle=filled, label=_words(label)
-    )
+    style: Any = {"linestyle": "none", "marker": marker, "markersize": 5.5, "fillstyle": filled}
+    axes.plot(value, y, color=colour, label=short_name(_words(label), _LEGEND), **style)
 
 
 def _finish(axes: Axes, rows: int, xlabel: str) -> None:

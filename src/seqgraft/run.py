@@ -43,6 +43,8 @@ from seqgraft.data.dataset import (
     open_dataset,
     write_json,
 )
+from seqgraft.data.donors import MEAN
+from seqgraft.data.seen import read_trunk_folds
 from seqgraft.donor_scores import evaluate_donors
 from seqgraft.effects import EffectsConfig, Found, write_effects
 from seqgraft.errors import ConfigError, Problems, RunError
@@ -50,12 +52,14 @@ from seqgraft.evaluate import Evaluation, evaluate_model
 from seqgraft.experiment import Experiment, parse_source, read_experiment, read_yaml, settings_of, write_yaml
 from seqgraft.exposure import inherited, test_exposure
 from seqgraft.genome import Genome, read_gtf
+from seqgraft.joint import Joint
 from seqgraft.losses import Loss, MaskedTokens
 from seqgraft.memory import FrozenBytes
 from seqgraft.models.base import Head, SequenceModel
 from seqgraft.models.folders import find_model, save_model
 from seqgraft.models.masked import MaskedModel, token_counts, tokeniser_of
-from seqgraft.models.weights import ModelConfig, build_masked, build_model, is_random
+from seqgraft.models.track_head import start_track_heads
+from seqgraft.models.weights import ModelConfig, build_beside, build_masked, build_model, is_random
 from seqgraft.objectives import Elementwise, Objective, OfGenes
 from seqgraft.output import (
     check_arrays,
@@ -85,12 +89,15 @@ __all__ = [
     "attribute_run",
     "build_run",
     "calibrate_run",
+    "check_replicates",
     "effects_run",
     "embed_run",
     "evaluate_run",
     "export_run",
     "fit_run",
+    "inputs_of",
     "label_of",
+    "layout_of",
     "objective_of",
     "open_run",
     "predict_run",
@@ -99,8 +106,12 @@ __all__ = [
     "score_run",
     "screen_run",
     "tokens_of",
+    "trained_windows",
     "with_precision",
 ]
+
+
+_STARTING = 32  # training examples that set where a pretrained track begins as a head
 
 
 @dataclass(frozen=True)
@@ -134,19 +145,36 @@ def label_of(experiment: Experiment) -> str:
 
 def objective_of(experiment: Experiment, dataset: Dataset, model: SequenceModel | None = None) -> Objective:
     """The objective that the experiment's loss means for these tracks, or for the tokens of this model."""
+    joint, more = experiment.joint, [name for name in ("loss_weights", "joint") if getattr(experiment, name)]
+    if isinstance(experiment.loss, MaskedTokens) and more:
+        raise ConfigError("masked tokens are the whole loss", more, where="loss", remedy="Leave these keys out")
+    objective = _main_objective(experiment, dataset, model)
+    if joint is None:
+        return objective
+    beside = open_dataset(joint.data)
+    if experiment.evaluate.original is None:
+        beside.rows(experiment.evaluate.fold)  # what is forgotten will be measured on it
+    return Joint(objective, dataset.rows("train"), dataset, beside, joint, experiment.train.augment)
+
+
+def _main_objective(experiment: Experiment, dataset: Dataset, model: SequenceModel | None) -> Objective:
     loss, lengths = experiment.loss, dataset.lengths if experiment.train.buckets else None
+    shares = experiment.loss_weights
     if isinstance(loss, MaskedTokens):
         assert model is not None  # whose tokens they are
         return objectives.MaskedTokens(tokeniser_of(model.trunk), loss.share, lengths)
     losses = loss if isinstance(loss, Mapping) else dict.fromkeys(dataset.tracks.groups, loss) if loss else None
     if dataset.donors is not None:
-        return OfGenes(dataset.tracks, losses or {}, dataset.donors.gene, experiment.train.batch_size)
+        if losses is not None and hasattr(loss, "of_genes"):  # one for all is for the group in which donors differ
+            losses = {group: one for group, one in losses.items() if group != MEAN}
+        return OfGenes(dataset.tracks, losses or {}, dataset.donors.gene, experiment.train.batch_size, shares)
     if wrong := [group for group, one in (losses or {}).items() if hasattr(one, "of_genes")]:
         what, remedy = "the loss compares donors, and the data have none", "Use another loss, or data of kind: personal"
         raise ConfigError(what, wrong, where="loss", remedy=remedy)
     return Elementwise(
-        dataset.tracks, cast("Mapping[str, Loss] | None", losses), dataset.info.settings.get("class_weights"), lengths
-    )
+        dataset.tracks, cast("Mapping[str, Loss] | None", losses), dataset.info.settings.get("class_weights"), lengths,
+        shares,
+    )  # fmt: skip
 
 
 def build_run(experiment: Experiment, dataset: Dataset | None = None) -> tuple[SequenceModel, Dataset]:
@@ -182,6 +210,9 @@ def _open_data(experiment: Experiment) -> Dataset:
     """The dataset of an experiment, without its tracks where these play no part."""
     dataset = open_dataset(experiment.data)
     if isinstance(experiment.loss, MaskedTokens):
+        if dataset.donors is not None:
+            what, remedy = "donors have no masked tokens", "Use kind: windows of the same genome, or another loss"
+            raise ConfigError(what, "masked_tokens", where="loss", remedy=remedy)
         return replace(dataset.select_tracks(TrackTable.none()), covariates=None)
     return dataset
 
@@ -200,7 +231,12 @@ def _seeded_model(experiment: Experiment, dataset: Dataset) -> SequenceModel:
     if isinstance(experiment.loss, MaskedTokens):
         return build_masked(experiment.model, dataset.info)
     covariates = 0 if dataset.covariates is None else dataset.covariates.shape[1]
-    return build_model(experiment.model, dataset.tracks, dataset.info, covariates)
+    joint = experiment.joint
+    model = build_model(experiment.model, dataset.tracks, dataset.info, covariates, own_bins=joint is not None)
+    if joint is not None:
+        beside = open_dataset(joint.data)
+        model.beside = build_beside(experiment.model, beside.tracks, beside.info)
+    return model
 
 
 def tokens_of(experiment: Experiment, model: SequenceModel, dataset: Dataset) -> TokenCounts:
@@ -234,6 +270,10 @@ def fit_run(experiment: Experiment, folder: Path, *, resume: bool = False) -> Fi
         _check_resumed(experiment, before, folder)
     model, dataset = build_run(experiment)
     experiment = with_precision(experiment, model)
+    if experiment.model.track is not None:
+        rows = dataset.rows("train")
+        some = rows[:: max(1, len(rows) // _STARTING)]
+        start_track_heads(model, (dataset.sample(part) for part in np.array_split(some, -(-len(some) // 4))))
     objective = objective_of(experiment, dataset, model)
     counts = adapt(model, experiment.adapter)
     tokens = tokens_of(experiment, model, dataset)
@@ -242,7 +282,9 @@ def fit_run(experiment: Experiment, folder: Path, *, resume: bool = False) -> Fi
         folder.mkdir(parents=True, exist_ok=True)
         if main:
             write_yaml(folder / "experiment.yaml", settings_of(experiment))
-            write_json(folder / "environment.json", _environment(experiment, dataset, model, counts, tokens))
+            beside = {"joint": objective.in_words} if isinstance(objective, Joint) else {}
+            facts = _environment(experiment, dataset, model, counts, tokens) | beside
+            write_json(folder / "environment.json", facts)
     except OSError as error:
         raise RunError(
             f"the run directory cannot be written ({error.strerror})",
@@ -253,7 +295,7 @@ def fit_run(experiment: Experiment, folder: Path, *, resume: bool = False) -> Fi
     if main:
         base = {"name": experiment.model.name, "init": experiment.model.init}
         save_adapter(model, folder / "adapter", base, folds=_fold_counts(dataset), replace_existing=True)
-        environment = _environment(experiment, dataset, model, counts, tokens)
+        environment = _environment(experiment, dataset, model, counts, tokens) | beside
         write_json(
             folder / "environment.json",
             environment
@@ -265,7 +307,8 @@ def fit_run(experiment: Experiment, folder: Path, *, resume: bool = False) -> Fi
 def _check_resumed(experiment: Experiment, before: Experiment, folder: Path) -> None:
     """A run goes on as it began; only how it is scored, and what does not change the result, may be another."""
     free = {"patience", "save_minutes", "tracker", "cache_gb"}
-    named = [(name, getattr(experiment, name), getattr(before, name)) for name in ("model", "adapter", "loss")]
+    parts = ("model", "adapter", "loss", "loss_weights", "joint")
+    named = [(name, getattr(experiment, name), getattr(before, name)) for name in parts]
     for name in sorted(TrainConfig.__dataclass_fields__.keys() - free):
         named.append((f"train.{name}", getattr(experiment.train, name), getattr(before.train, name)))
     if changed := [name for name, now, then in named if now != then]:
@@ -296,6 +339,8 @@ def open_run(folder: Path) -> Run:
     if not (folder / "adapter").exists():
         raise RunError("the run was not finished", str(folder), remedy="Continue it with 'seqgraft fit ... --resume'")
     experiment = read_experiment(folder / "experiment.yaml")
+    if (folder / "data" / "dataset.json").exists():  # a pulled run brings what it needs of its data
+        experiment = replace(experiment, data=folder / "data")
     dataset = _open_data(experiment)
     model = _seeded_model(experiment, dataset)
     load_adapter(model, folder / "adapter")
@@ -318,7 +363,12 @@ def evaluate_run(
         baselines: those of the baselines, where they are known already; computed if None.
     """
     run = open_run(folder)
-    config = run.experiment.evaluate
+    config, joint = run.experiment.evaluate, run.experiment.joint
+    if joint is not None and config.original is None:
+        config = replace(config, original=joint.data)
+    if not len(run.dataset):
+        remedy = "Pull it with --data and a prepared dataset of the same tracks"
+        raise ConfigError("a pulled run has no data to be scored on", str(folder), remedy=remedy)
     if isinstance(run.model, MaskedModel):
         return _evaluate_masked(run, run.model, fold)
     if run.dataset.donors is not None:
@@ -400,7 +450,7 @@ def score_model(
 def predict_run(folder: Path, source: Path, out: Path) -> list[Path]:
     """Predicts the regions (BED) or sequences (FASTA, table) of a file in raw units; returns the files written."""
     run = _with_tracks(open_run(folder))
-    dataset = _inputs(run, source)
+    dataset = inputs_of(run, source)
     check_output(out, dataset)
     config = run.experiment.evaluate
     batches = predict_batches(
@@ -413,7 +463,7 @@ def embed_run(folder: Path, source: Path, out: Path) -> Path:
     """Writes the trunk's features, averaged over each region or sequence, as Parquet."""
     check_embeddings(out)
     run = open_run(folder)
-    dataset = _inputs(run, source)
+    dataset = inputs_of(run, source)
     config = run.experiment.evaluate
     rows = np.arange(len(dataset))
     return write_embeddings(
@@ -421,7 +471,12 @@ def embed_run(folder: Path, source: Path, out: Path) -> Path:
     )
 
 
-def _inputs(run: Run, source: Path) -> Dataset:
+def inputs_of(run: Run, source: Path) -> Dataset:
+    """The regions (BED) or sequences (FASTA, table) of a file, as the run's model sees them.
+
+    Raises:
+        ConfigError, DataError: as ``regions_for_prediction``; sequences that the model's tokens do not suit.
+    """
     covariates = [] if run.dataset.covariates is None else list(run.dataset.covariates.columns)
     dataset = regions_for_prediction(source, run.dataset.info, run.model.tracks, run.dataset.genome, covariates)
     config = run.experiment
@@ -431,14 +486,14 @@ def _inputs(run: Run, source: Path) -> Dataset:
 
 
 def score_run(
-    folder: Path,
+    folder: Path | Run,
     vcf: Path,
     out: Path,
     config: VariantConfig | None = None,
     *,
     resume: bool = False,
     shard: tuple[int, int] = (1, 1),
-    replicates: Sequence[Path] = (),
+    replicates: Sequence[Path | Run] = (),
     panels: Panels | None = None,
 ) -> Scored:
     """Scores the variants of a VCF with a finished run: what their alternative alleles change in each of its tracks.
@@ -449,6 +504,7 @@ def score_run(
     that is predicted for the window around the variant, after the link: of a probability, or in the label's own unit.
 
     Args:
+        folder: of the run, or the run itself if it is open; of ``replicates`` too.
         out: ``.parquet`` (one row per variant and scorer) or ``.vcf.gz`` (one INFO field per scorer).
         config: by default, the log2 fold change of the bins around the variant; for labels the difference.
         resume: continue what was interrupted, with the same run, VCF and settings.
@@ -463,17 +519,17 @@ def score_run(
         DataError: the VCF does not fit the genome.
         RunError: the run is not finished; the output exists or cannot be written; nothing to resume from matches.
     """
-    run = open_run(folder)
-    layout = _layout(run)
+    run = folder if isinstance(folder, Run) else open_run(folder)
+    layout = layout_of(run)
     config = config or VariantConfig()
     masked = isinstance(run.model, MaskedModel)
     config = config if masked else config.resolved(layout)
     if panels is not None:
-        check_panels(panels, _layout(_with_tracks(run)), Path(out))
+        check_panels(panels, layout_of(_with_tracks(run)), Path(out))
     identity = _identity(run, config)
-    others = [open_run(other) for other in replicates]
+    others = [other if isinstance(other, Run) else open_run(other) for other in replicates]
     if others:
-        _check_replicates(layout, others)
+        check_replicates(layout, others)
         identity["replicates"] = [_identity(other, config)["run"] for other in others]
     found = None if others or masked else Calibration.open(run.folder / "calibration", _key(identity, layout))
     models = [run.model, *(other.model for other in others)]
@@ -486,11 +542,15 @@ def score_run(
     return done
 
 
-def _check_replicates(layout: Layout, others: Sequence[Run]) -> None:
-    """Refuses runs whose scores would not mean the same."""
+def check_replicates(layout: Layout, others: Sequence[Run]) -> None:
+    """Refuses runs whose scores would not mean the same.
+
+    Raises:
+        ConfigError: another genome, other windows, bins or tracks.
+    """
     problems = Problems(ConfigError)
     for other in others:
-        theirs = _layout(other)
+        theirs = layout_of(other)
         facts = {
             "genome": (layout.genome.hash, theirs.genome.hash),
             "windows and bins": tuple((each.window, each.bins, each.bin_size) for each in (layout, theirs)),
@@ -542,7 +602,7 @@ def calibrate_run(
         RunError: the run is not finished; these settings are calibrated already.
     """
     run = _with_tracks(open_run(folder))
-    layout = _layout(run)
+    layout = layout_of(run)
     config = (config or VariantConfig()).resolved(layout)
     identity = _identity(run, config)
     return calibrate(
@@ -558,7 +618,7 @@ def screen_run(folder: Path, regions: Path, out: Path, config: ScreenConfig | No
         ConfigError, DataError, ModelError, RunError: as ``screen``; the run has no genome, or is not finished.
     """
     run = _with_tracks(open_run(folder))
-    return screen(run.model, _layout(run), config or ScreenConfig(), Path(regions), Path(out))
+    return screen(run.model, layout_of(run), config or ScreenConfig(), Path(regions), Path(out))
 
 
 def effects_run(folder: Path, out: Path, config: EffectsConfig | None = None) -> Found:
@@ -571,7 +631,12 @@ def effects_run(folder: Path, out: Path, config: EffectsConfig | None = None) ->
     return write_effects(run.model, run.dataset, Path(out), run.experiment.evaluate, config)
 
 
-def _layout(run: Run) -> Layout:
+def layout_of(run: Run) -> Layout:
+    """What the run's model sees and predicts around a variant.
+
+    Raises:
+        ConfigError: the run's data have no genome or windows; its model takes more than sequences.
+    """
     info, genome = run.dataset.info, run.dataset.genome
     if genome is None or not info.window:
         what = "the run's data are sequences without a window of a genome, where a variant would have no place"
@@ -626,7 +691,7 @@ def attribute_run(
     if plots is not None:
         check_new_folder(plots)
     config, run = config or AttributeConfig(), _with_tracks(open_run(folder))
-    dataset = _inputs(run, source)
+    dataset = inputs_of(run, source)
     exons = None if config.genes is None else read_gtf(config.genes, rename=config.rename)
     found = attribute(run.model, dataset, config, exons)
     padded = 0
@@ -669,7 +734,8 @@ def export_run(
     """Merges the run's adapter and writes a model folder that ``model.name`` accepts.
 
     Heads of tracks with bins go along. Those of labels stay in the run: a model folder has no place for how they pool
-    the bins, nor for covariates. Places of training sequences that have none in a genome cannot be listed.
+    the bins, nor for covariates; heads that trained along stand in for them, beside tracks with bins they stay in the
+    run. Places of training sequences that have none in a genome cannot be listed.
 
     Args:
         half: round the weights to bfloat16 and store them so, in half the space.
@@ -682,11 +748,15 @@ def export_run(
     """
     run = open_run(folder)
     difference = merge(run.model)
-    model, info = run.model, run.dataset.info
+    model, info, beside, joint = run.model, run.dataset.info, run.model.beside, run.experiment.joint
+    model.beside = None
     if _has_labels(model):
         model, info, card = SequenceModel(model.trunk, {}, TrackTable.none()), _info_of_trunk(run), _card(run, card)
+        if beside is not None and joint is not None:
+            model = SequenceModel(model.trunk, dict(beside.heads.items()), beside.tracks)  # type: ignore[arg-type]
+            info = open_dataset(joint.data).info
     parameters = sum(p.numel() for p in run.model.trunk.parameters())
-    folds, before = inherited(run.experiment.model, run.dataset)
+    folds, _ = inherited(run.experiment.model, run.dataset)
     save_model(
         model,
         Path(out),
@@ -694,7 +764,7 @@ def export_run(
         info=info,
         licence=licence or run.model.trunk.spec.licence,
         citation=citation or run.model.trunk.spec.citation,
-        trained_on=_seen(run, before),
+        trained_on=trained_windows(run),
         card=card,
         half=half,
         parameters=parameters,
@@ -728,16 +798,29 @@ def _card(run: Run, text: str) -> str:
     return f"{text.rstrip()}\n\n{more}\n".lstrip()
 
 
-def _seen(run: Run, before: pd.DataFrame | None) -> pd.DataFrame | None:
-    """The windows that the weights were fitted to: those of this run, and those of the model it started from."""
-    info = run.dataset.info
+def trained_windows(run: Run) -> pd.DataFrame | None:
+    """The windows that the weights were fitted to: chrom, start, end, fold; None where none is known.
+
+    Those of this run, and those of the model it started from; of a pulled run, what it brought.
+    """
+    if (run.folder / "trained_on.bed").exists():
+        return read_trunk_folds(run.folder / "trained_on.bed")
+    joint, (_, before) = run.experiment.joint, inherited(run.experiment.model, run.dataset)
     if run.dataset.genome is None:
         return before
-    fitted = run.dataset.regions[run.dataset.regions["fold"] == "train"][["chrom", "start", "end", "fold"]].copy()
+    fitted = [_training_windows(run.dataset)]
+    if joint is not None and (beside := open_dataset(joint.data)).genome is not None:
+        fitted += [_training_windows(beside)] if beside.genome.hash == run.dataset.genome.hash else []
+    joined = _joined(pd.concat(fitted))
+    return joined if before is None else pd.concat([before, joined], ignore_index=True)
+
+
+def _training_windows(dataset: Dataset) -> pd.DataFrame:
+    info, regions = dataset.info, dataset.regions
+    fitted = regions[regions["fold"] == "train"][["chrom", "start", "end", "fold"]].copy()
     margin = (info.window - info.bins * info.bin_size) // 2
     fitted["start"], fitted["end"] = (fitted["start"] - margin).clip(lower=0), fitted["end"] + margin
-    fitted = _joined(fitted)
-    return fitted if before is None else pd.concat([before, fitted], ignore_index=True)
+    return fitted
 
 
 def _joined(regions: pd.DataFrame) -> pd.DataFrame:

@@ -31,6 +31,8 @@ class Sample:
         haplotypes: of donors, int64 ``(batch, ploidy)``: which of ``codes`` each example's haplotypes are, -1 for none.
             ``codes`` and ``lengths`` then have a row per distinct haplotype, not per example.
         hidden: which tokens are hidden and to be predicted (``models.masked.Hidden``), or None.
+        beside: regions of other data that train along (``joint.Joint``), or None.
+        of_beside: whether it is one of these, which the heads beside read.
     """
 
     codes: Tensor
@@ -43,6 +45,8 @@ class Sample:
     shown: Tensor | None = None
     haplotypes: Tensor | None = None
     hidden: Any = None
+    beside: Sample | None = None
+    of_beside: bool = False
 
     def __len__(self) -> int:
         return int(self.row.shape[0])
@@ -59,9 +63,11 @@ class Sample:
             halfway=None if self.halfway is None else self.halfway.to(device),
             haplotypes=None if self.haplotypes is None else self.haplotypes.to(device),
             hidden=None if self.hidden is None else self.hidden.to(device),
+            beside=None if self.beside is None else self.beside.to(device),
         )
 
     def without_targets(self) -> Sample:
         """The same examples, none of which counts."""
         hidden = None if self.hidden is None else self.hidden.none()
-        return replace(self, mask=self.mask.new_zeros(self.mask.shape), hidden=hidden)
+        beside = None if self.beside is None else self.beside.without_targets()
+        return replace(self, mask=self.mask.new_zeros(self.mask.shape), hidden=hidden, beside=beside)

@@ -69,6 +69,8 @@ class _Sweep:
         """How a cell is scored does not change its name, so that it may be scored again."""
         settings = {k: v for k, v in settings_of(experiment).items() if k not in ("data", "evaluate")}
         made_of = [settings, self.dataset(experiment).hash, self.weights(experiment)]
+        if experiment.joint is not None:
+            made_of.append(open_dataset(experiment.joint.data).hash)
         text = json.dumps(made_of, sort_keys=True, default=str)
         digest = hashlib.sha256(text.encode()).hexdigest()[:8]
         label = re.sub(r"[^a-z0-9]+", "-", label_of(experiment).lower()).strip("-")[:40]

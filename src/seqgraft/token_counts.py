@@ -95,7 +95,7 @@ class TokenCounts:
 def count_tokens(
     trunk: Trunk, dataset: Dataset, folds: Mapping[str, tuple[Rows, Augmentation]], most_unknown: float
 ) -> TokenCounts:
-    """Tokens of rows of a dataset, by fold.
+    """Tokens of rows of a dataset, by fold; of donors, those of their distinct haplotypes.
 
     Args:
         folds: name -> rows, and the views that they will be seen in.
@@ -107,7 +107,9 @@ def count_tokens(
     if tokeniser is None:
         return TokenCounts({}, None, problems)
     counts = {
-        name: _of_fold(tokeniser, dataset, f"fold {name!r}" if name else None, rows, views, most_unknown, problems)
+        name: _of_fold(
+            tokeniser, dataset, f"fold {name!r}" if name else None, dataset.stored(rows), views, most_unknown, problems
+        )
         for name, (rows, views) in folds.items()
     }
     return TokenCounts(counts, tokeniser.vocabulary.limit, problems)
@@ -176,7 +178,8 @@ def _count(
     where the order of the bases does.
     """
     views = views_of(dataset, FORWARD_ONLY if tokeniser.fixed else augment)
-    lengths = np.full(len(dataset), dataset.info.window) if dataset.lengths is None else np.asarray(dataset.lengths)
+    count, window = dataset.sequence_count, dataset.info.window
+    lengths = np.full(count, window) if dataset.lengths is None else np.asarray(dataset.lengths)
     counting: Any = replace(tokeniser, truncate=True)  # type: ignore[type-var]
     out = np.zeros((5, len(rows)), dtype=np.int64)
     order = np.argsort(lengths[rows], kind="stable")
@@ -196,7 +199,10 @@ def _count(
 
 
 def _name(dataset: Dataset, row: int) -> str:
-    """A row by its number, its name and its place, as far as it has them."""
+    """A row by its number, its name and its place, as far as it has them; a haplotype by its gene alone."""
+    if dataset.donors is not None:
+        gene = int(dataset.donors.sequences["gene"].iloc[row])
+        return f"a haplotype of {dataset.donors.genes['gene'].iloc[gene]}"
     name = str(dataset.regions["name"].iloc[row]).strip(".")
     if dataset.genome is not None:
         at = dataset.interval(int(row))

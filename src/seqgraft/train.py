@@ -571,7 +571,7 @@ def _identity(
         "dataset": dataset.hash,
         "adapter": repr(adapted.adapter),
         "weights": dict(adapted.base),
-        "objective": [type(objective).__name__, *objective.terms],
+        "objective": [type(objective).__name__, *objective.terms, *getattr(objective, "identity", ())],
         "processes": world,
     }
 

@@ -109,6 +109,7 @@ def epoch_curves(frame: pd.DataFrame, *, title: str, ylabel: str, methods: Seque
                     fillstyle=_fill(number), linestyle="-" if number < len(COLOURS) else "--",
                 )  # fmt: skip
         axes.set_xlabel("epoch")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axes.set_ylabel(ylabel)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         _grid(axes)

@@ -393,9 +393,9 @@ def adapted_of(model: SequenceModel) -> Adapted:
 
 def _groups(model: SequenceModel, own: Sequence[nn.Parameter]) -> dict[str, str]:
     """Trainable parameter -> group; ``own`` are the parameters that the trunk had before."""
-    of_trunk = {id(p) for p in own}
+    of_trunk, heads = {id(p) for p in own}, ("heads.", "beside.", "trunk.lm.")
     return {
-        name: "head" if name.startswith(("heads.", "trunk.lm.")) else "trunk" if id(p) in of_trunk else "adapter"
+        name: "head" if name.startswith(heads) else "trunk" if id(p) in of_trunk else "adapter"
         for name, p in model.named_parameters()
         if p.requires_grad
     }

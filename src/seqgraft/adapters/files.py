@@ -29,6 +29,8 @@ from seqgraft.tracks import TrackTable
 __all__ = ["SavedAdapter", "read_adapter", "restore", "save_adapter"]
 
 FORMAT, FORMAT_VERSION = "seqgraft-adapter", 1
+#: What ``adapter.json`` says -> its type.
+_ENTRIES: Mapping[str, type] = {"kind": str, "settings": dict, "label": str, "base": dict, "tracks": list}
 
 
 @dataclass(frozen=True)
@@ -111,6 +113,11 @@ def read_adapter(folder: Path | str) -> SavedAdapter:
             where=path,
             remedy="Use the version that made it",
         )
+    odd = [key for key, kind in _ENTRIES.items() if key in content and not isinstance(content[key], kind)]
+    if not odd and not all(isinstance(row, dict) for row in content.get("tracks", [])):
+        odd = ["tracks"]
+    if odd:
+        raise ModelError("these entries have values of another kind", odd, where=path, remedy="Copy the folder again")
     try:
         return SavedAdapter(
             kind=content["kind"],

@@ -58,7 +58,8 @@ def read_genotypes(
         genome: the FASTA that REF is compared with.
         donors: those to read, in this order; all of the file, in its order, if None.
         unphased: what to do about heterozygous calls without phase: "refuse"; "random" gives each a phase that depends
-            on the seed, the donor's name and the place alone; "dosage" forgets all phase and keeps SNVs alone.
+            on the seed, the donor's name and the place alone; "dosage" forgets all phase and keeps SNVs alone. Where a
+            donor's calls in one of ``within`` are of several phase sets, "random" turns each set as a whole.
         missing: what to do about missing alleles: "refuse", "reference", or "major" (the most frequent among the
             donors read; the lowest number of equally frequent ones).
         within: keep only variants that start in one of these intervals.
@@ -73,7 +74,11 @@ def read_genotypes(
     if not path.is_file():
         raise DataError("the VCF file does not exist", where=path, remedy="Check the path")
     lines = _lines(path)
-    header = next((line for line in lines if not line.startswith("##")), "")
+    header, with_sets = "", False
+    for header in lines:
+        with_sets |= header.startswith("##FORMAT=<ID=PS,")
+        if not header.startswith("##"):
+            break
     names = header.split("\t")[9:]
     if not header.startswith("#CHROM") or not names:
         remedy = "Give a VCF with a column of genotypes (GT) for each donor"
@@ -85,7 +90,7 @@ def read_genotypes(
     if not common:
         remedy = f"The VCF has {', '.join(names[:_SHOWN])}: use its names"
         raise DataError("none of the donors is in the VCF", chosen[0], where=path, remedy=remedy)
-    reader = _Reader(path, common, unphased, missing, seed, _merged(within), _Reference(genome))
+    reader = _Reader(path, common, unphased, missing, seed, _merged(within), _Reference(genome), with_sets)
     columns = [names.index(name) + 9 for name in common]
     for number, line in enumerate(lines, start=1):
         fields = line.split("\t")
@@ -138,6 +143,7 @@ class _Calls(dict[str, int]):
         self.alleles: npt.NDArray[np.int16] = np.empty((0, 1), dtype=np.int16)  # (texts, slots)
         self.slots: npt.NDArray[np.int8] = np.empty(0, dtype=np.int8)  # below 0 where nothing is called
         self.loose: Flags = np.empty(0, dtype=np.bool_)  # heterozygous without phase
+        self.phased: Flags = np.empty(0, dtype=np.bool_)  # heterozygous with phase
         self.gaps: Flags = np.empty(0, dtype=np.bool_)  # with a missing allele
 
     def __missing__(self, text: str) -> int:
@@ -151,7 +157,9 @@ class _Calls(dict[str, int]):
         self.alleles = table
         nothing = set(alleles) == {_MISSING}
         self.slots = np.append(self.slots, np.int8(-len(alleles) if nothing else len(alleles)))
-        self.loose = np.append(self.loose, "/" in text.lstrip("|/") and len(set(alleles)) > 1)
+        loose = "/" in text.lstrip("|/")
+        self.loose = np.append(self.loose, loose and len(set(alleles)) > 1)
+        self.phased = np.append(self.phased, not loose and len(set(alleles)) > 1)
         self.gaps = np.append(self.gaps, _MISSING in alleles)
         self[text] = len(self)
         return self[text]
@@ -208,6 +216,7 @@ class _Reader:
     seed: int
     within: dict[str, tuple[list[int], list[int]]] | None
     reference: _Reference
+    with_sets: bool  # the header says that there are phase sets
     counts: Counter[str] = field(default_factory=Counter)
     first: dict[str, str] = field(default_factory=dict)  # what may be refused -> its first place
     records: int = 0
@@ -221,6 +230,8 @@ class _Reader:
     trims: list[tuple[int, int]] = field(default_factory=list)
     bits: list[Bits] = field(default_factory=list)  # (slots, bytes) of each variant
     fills: list[tuple[int, Bits]] = field(default_factory=list)  # variant, donors that have it for want of a call
+    set_number: dict[str, int] = field(default_factory=lambda: {"": 0})  # of phase sets, in the order of their coming
+    sets: dict[tuple[str, int], npt.NDArray[np.int32]] = field(default_factory=dict)  # contig, interval: donors' last
     last: tuple[str, int] = ("", 0)
 
     def __post_init__(self) -> None:
@@ -238,7 +249,8 @@ class _Reader:
             return
         self.counts["unsorted"] += self.last[0] == chrom and start < self.last[1]
         self.last = chrom, start
-        if self.within is not None and not _inside(self.within, chrom, start):
+        piece = 0 if self.within is None else _piece(self.within, chrom, start)
+        if piece is None:
             self.counts["outside"] += 1
             return
         ref, alts = fields[3].upper(), [] if fields[4] == "." else fields[4].upper().split(",")
@@ -248,13 +260,15 @@ class _Reader:
         if not alts or found == "wrong":
             return
         where = f"{self.path}, {chrom}:{start + 1}"
-        tag, _, more = fields[8].partition(":")
-        if tag != "GT":
+        tags = fields[8].split(":")
+        if tags[0] != "GT":
             raise DataError(
                 "the record has no genotypes", fields[8], where=where, remedy="GT must come first in FORMAT"
             )
-        rows = self.calls.rows((call.partition(":")[0] for call in calls) if more else calls, len(calls))
+        rows = self.calls.rows((call.partition(":")[0] for call in calls) if len(tags) > 1 else calls, len(calls))
         called, nothing, filler = self._called(rows, chrom, start)
+        if self.with_sets or "PS" in tags:
+            self._turn_sets(called, self.calls.phased[rows], _phase_sets(tags, calls), (chrom, start, piece))
         if called.max() > len(alts):
             remedy = f"The record has {len(alts)} ALT"
             raise DataError("a call has an allele without ALT", int(called.max()), where=where, remedy=remedy)
@@ -306,6 +320,25 @@ class _Reader:
                 alleles[loose] = _shuffled(alleles[loose], self.keys[loose], f"{self.seed} {chrom} {start}")
         return alleles, nothing, filler
 
+    def _turn_sets(self, alleles: Numbers, phased: Flags, sets: Sequence[str], where: tuple[str, int, int]) -> None:
+        """Notes where phase sets change; at random, all calls of a set change their slots alike.
+
+        Args:
+            phased: which donors' calls are heterozygous and phased; ``sets``: of each donor, "" for none.
+            where: contig, start, number of the interval.
+        """
+        chrom, start, piece = where
+        number = np.array([self.set_number.setdefault(name, len(self.set_number)) for name in sets], dtype=np.int32)
+        last = self.sets.setdefault((chrom, piece), np.full_like(number, -1))
+        changed = phased & (last >= 0) & (last != number)
+        last[phased] = number[phased]
+        if changed.any():
+            self._note("phase_sets", changed, f"{chrom}:{start + 1}")
+        if self.unphased == "random":
+            for name in {sets[donor] for donor in np.flatnonzero(phased).tolist()} - {""}:
+                of_set = phased & (number == self.set_number[name])
+                alleles[of_set] = _shuffled(alleles[of_set], self.keys[of_set], f"{self.seed} {chrom} set {name}")
+
     def _note(self, what: str, donors: Flags, where: str) -> None:
         self.counts[what] += int(donors.sum())
         self.first.setdefault(what, f"{where}, {self.donors[int(donors.argmax())]}")
@@ -343,6 +376,10 @@ class _Reader:
             what = f"{self.counts['unphased']} heterozygous calls have no phase; the first is"
             remedy = "Phase them, or choose unphased: random (a phase drawn at random) or dosage (half of each base)"
             problems.add(what, self.first["unphased"], where=path, remedy=remedy)
+        if self.unphased == "refuse" and self.counts["phase_sets"]:
+            what = f"{self.counts['phase_sets']} heterozygous calls are phased apart from others near by; the first is"
+            remedy = "Phase the whole file, or choose unphased: random (sets on haplotypes drawn at random) or dosage"
+            problems.add(what, self.first["phase_sets"], where=path, remedy=remedy)
         if self.missing == "refuse" and self.counts["missing"]:
             what = f"{self.counts['missing']} calls have a missing allele; the first is"
             remedy = "Impute them, or choose missing: reference or major (the most frequent allele)"
@@ -420,10 +457,20 @@ class _Reader:
         return repeated
 
 
-def _inside(within: Mapping[str, tuple[list[int], list[int]]], chrom: str, start: int) -> bool:
+def _piece(within: Mapping[str, tuple[list[int], list[int]]], chrom: str, start: int) -> int | None:
+    """Which of the contig's intervals a place is in."""
     starts, ends = within.get(chrom, ([], []))
     at = bisect_right(starts, start) - 1
-    return at >= 0 and start < ends[at]
+    return at if at >= 0 and start < ends[at] else None
+
+
+def _phase_sets(tags: Sequence[str], calls: Sequence[str]) -> list[str]:
+    """The phase set of each donor's call; "" where it has none."""
+    if "PS" not in tags:
+        return [""] * len(calls)
+    at = tags.index("PS")
+    parts = (call.split(":") for call in calls)
+    return ["" if len(part) <= at or part[at] == "." else part[at] for part in parts]
 
 
 def _shuffled(alleles: Numbers, keys: npt.NDArray[np.uint64], place: str) -> Numbers:

@@ -87,6 +87,8 @@ class DatasetInfo:
         window = f"{self.window} bp" if self.window else "any length"
         if self.kind == "windows":
             return f"sequences of {window}"
+        if self.kind == "personal":
+            return f"haplotypes of {window} around starts of genes"
         if self.bins == 1:
             return f"one label per sequence of {window}"
         return f"windows of {window}, {self.bins} bins of {self.bin_size} bp"
@@ -117,6 +119,16 @@ class Dataset:
         """Identifies the content: what was read, how, and into which regions and tracks."""
         text = (self.folder / "dataset.json").read_bytes() + self.tracks.to_frame().to_csv().encode()
         return hashlib.sha256(text).hexdigest()
+
+    @property
+    def in_words(self) -> str:
+        """How many examples it has, in which folds, and what one looks like."""
+        folds = ", ".join(f"{fold} {count}" for fold, count in self.regions["fold"].value_counts().items())
+        if self.donors is not None:
+            what = f"pairs of {len(self.donors.genes)} genes and {len(self.donors.donors)} donors"
+            return f"{len(self)} {what} ({folds}), {self.info.in_words}"
+        tracks = f"{len(self.tracks)} track{'' if len(self.tracks) == 1 else 's'}"
+        return f"{len(self)} regions ({folds}), {tracks}, {self.info.in_words}"
 
     def rows(self, fold: str) -> npt.NDArray[np.int64]:
         """Row numbers of a fold, in the order of the regions.

@@ -35,10 +35,12 @@ from seqgraft.errors import ConfigError
 from seqgraft.genome import Genome, Interval
 from seqgraft.sequence import Codes, reverse_complement
 
-__all__ = ["MARGIN", "Arranged", "Donors", "find_sequences", "open_donors", "save_donors"]
+__all__ = ["MARGIN", "MEAN", "Arranged", "Donors", "find_sequences", "open_donors", "save_donors", "shown"]
 
 #: bp of shift that a stored sequence allows on both sides.
 MARGIN = 16
+#: The track, and its group, of what genes are expressed on average, beside "expression", how donors differ from that.
+MEAN = "mean"
 
 
 @dataclass(frozen=True)
@@ -103,39 +105,52 @@ class Donors:
         if length > self.window:
             what, remedy = "donors have no sequence beyond the window of the dataset", f"Use {self.window} bp at most"
             raise ConfigError(what, length, remedy=remedy)
-        furthest = max((abs(view.shift) for view in views), default=0)
-        if furthest > MARGIN:
-            remedy = "Use a smaller train.augment.shift"
-            raise ConfigError(f"sequences of donors can be shifted by {MARGIN} bp at most", furthest, remedy=remedy)
         genes, owners = self._owners
         out = np.empty((len(sequences), length), dtype=np.uint8)
-        shifts = np.array([view.shift for view in views], dtype=np.int64)
+        known = list(dict.fromkeys(views))
+        view_of = np.array([known.index(view) for view in views], dtype=np.int64)
         of_gene = genes[sequences]
         for gene in np.unique(of_gene):
             here = np.flatnonzero(of_gene == gene)
-            wide = self._wide(int(gene), owners[sequences[here]])
-            start = wide.shape[1] // 2 - length // 2
-            for shift in np.unique(shifts[here]):  # slices: an index of single bases would cost more than building them
-                some = shifts[here] == shift
-                out[here[some]] = wide[some, start + shift : start + shift + length]
-        reverse = np.array([view.reverse for view in views], dtype=np.bool_)
-        out[reverse] = reverse_complement(out[reverse])
+            chrom, tss = self._starts[gene]
+            wide = self._built.codes(chrom, tss, self.window + 2 * MARGIN, owners[sequences[here]])
+            for number in np.unique(view_of[here]):
+                some = view_of[here] == number
+                out[here[some]] = shown(wide[some], known[number], length)
         return out
+
+    def alone(self, gene: int, variants: Numbers | None = None) -> Codes:
+        """The reference around a gene with one alternate allele each, and last the reference itself.
+
+        Args:
+            variants: which of the gene's window, in the order of ``dosage``; None for all.
+
+        Returns:
+            Base codes ``(variants + 1, window + 2 MARGIN)``; ``shown`` cuts the window of a view out of them.
+        """
+        chrom, tss = self._starts[gene]
+        rows = self.genotypes.rows(self._interval(gene))
+        chosen = np.arange(len(rows)) if variants is None else variants
+        made = Haplotypes(self.genome, self.genotypes.singly(chrom, rows))
+        donors = np.append(chosen, len(rows))
+        return made.codes(chrom, tss, self.window + 2 * MARGIN, np.stack([donors, 0 * donors], axis=1))
 
     @cached_property
     def _starts(self) -> list[tuple[str, int]]:
         """Contig and transcription start of each gene."""
         return list(zip(self.genes["chrom"].tolist(), self.genes["tss"].tolist(), strict=True))
 
-    def _wide(self, gene: int, owners: Numbers) -> Codes:
+    def _interval(self, gene: int) -> Interval:
         chrom, tss = self._starts[gene]
-        return self._built.codes(chrom, tss, self.window + 2 * MARGIN, owners)
+        return Interval(chrom, tss - self.window // 2, tss - self.window // 2 + self.window)
 
     def dosage(self, gene: int) -> tuple[npt.NDArray[np.uint8], Numbers]:
         """Alternate alleles ``(donors, variants)`` of the variants in a gene's window; their rows in ``genotypes``."""
-        chrom, tss = self._starts[gene]
-        start = tss - self.window // 2
-        return self.genotypes.dosage(Interval(chrom, start, start + self.window))
+        return self.genotypes.dosage(self._interval(gene))
+
+    def ploidy_of(self, gene: int) -> Numbers:
+        """Haplotypes of each donor on a gene's contig, int64 ``(donors,)``."""
+        return self.genotypes.ploidy_on(self._starts[gene][0]).astype(np.int64)
 
     @cached_property
     def identity(self) -> str:
@@ -161,6 +176,20 @@ class Donors:
     def haplotypes_of(self, rows: Numbers) -> Numbers:
         """Which sequences an example's haplotypes are, int64 ``(rows, ploidy)``; -1: none."""
         return np.asarray(self.haplotypes[self.gene[rows], self.donor[rows]], dtype=np.int64)
+
+
+def shown(wide: Codes, view: View, window: int) -> Codes:
+    """What a view shows of sequences ``(n, window + 2 MARGIN)`` around an anchor: ``(n, window)``.
+
+    Raises:
+        ConfigError: a shift beyond ``MARGIN``.
+    """
+    if abs(view.shift) > MARGIN:
+        what, remedy = f"sequences of donors can be shifted by {MARGIN} bp at most", "Use a smaller shift"
+        raise ConfigError(what, view.shift, where="train.augment or evaluate.ensemble", remedy=remedy)
+    start = wide.shape[1] // 2 - window // 2 + view.shift
+    cut = wide[:, start : start + window]  # a slice: an index of single bases would cost more than building them
+    return np.ascontiguousarray(reverse_complement(cut) if view.reverse else cut)
 
 
 def find_sequences(

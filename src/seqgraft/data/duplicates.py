@@ -92,8 +92,10 @@ def duplicates_in_words(summary: Mapping[str, Any]) -> str:
     parts = []
     for kind in ("exact", "near"):
         pairs = [f"{folds} {counts['pairs']}" for folds, counts in summary[kind].items()]
-        parts.append(f"{kind} copies across folds: {', '.join(pairs) if pairs else 'none'}")
-    return f"{'; '.join(parts)} (pairs; near is a {summary['k']}-mer similarity of {summary['similarity']} or more)"
+        near = f" (a {summary['k']}-mer similarity of {summary['similarity']} or more)" if kind == "near" else ""
+        if pairs:
+            parts.append(f"pairs of {kind} copies across folds{near}: {', '.join(pairs)}")
+    return "; ".join(parts) or "none across folds, exact or near"
 
 
 def find_duplicates(

@@ -93,8 +93,9 @@ def read_expression(settings: Expression) -> tuple[pd.DataFrame, pd.DataFrame]:
     if settings.kind == "bed":
         begin = pd.to_numeric(table.iloc[:, 1], errors="coerce")
         if begin.isna().any():
-            bad = table.iloc[int(begin.isna().argmax()), 1]
-            raise DataError("a start in the BED is no number", bad, where=path, remedy="Write the 0-based start")
+            row = int(begin.isna().argmax())
+            where = f"{path} row {row + 1}, column {table.columns[1]}"
+            raise DataError("this is no position", table.iloc[row, 1], where=where, remedy="Write the 0-based start")
         columns = {"gene": table[gene], "chrom": table.iloc[:, 0], "tss": begin.astype(np.int64), "strand": "+"}
         starts = pd.DataFrame(columns)
     return values, starts
@@ -103,7 +104,12 @@ def read_expression(settings: Expression) -> tuple[pd.DataFrame, pd.DataFrame]:
 def correct(
     settings: Expression, values: Floats, fitted: npt.NDArray[np.int64], donors: pd.DataFrame, genotypes: Genotypes
 ) -> tuple[Floats, npt.NDArray[np.bool_]]:
-    """Expression in the unit that is learned, and which genes are left; everything is fitted on ``fitted`` donors."""
+    """Expression in the unit that is learned, and which genes are left; everything is fitted on ``fitted`` donors.
+
+    Raises:
+        DataError: covariates that the table of donors lacks, or that are numbers for some donors alone.
+        ConfigError: more components than there are.
+    """
     kept = np.ones(len(values), dtype=np.bool_)
     if settings.log is not None:
         kept &= (values[:, fitted] == 0).mean(axis=1) <= settings.zeros
@@ -111,6 +117,10 @@ def correct(
     known = np.isfinite(values[:, fitted]).sum(axis=1)
     spread = np.nanstd(np.where(known[:, None] > 1, values[:, fitted], 0.0), axis=1)
     kept &= (known >= FEWEST) & (spread > 1e-12)
+    if lacking := [name for name in settings.covariates if name not in donors]:
+        there = [str(name) for name in donors if name not in ("genotypes", "fold")]
+        remedy = f"The table of donors has {', '.join(there)}"
+        raise DataError("there is no such covariate", lacking, where="expression.covariates", remedy=remedy)
     factors = [_categories(donors[name]) for name in settings.covariates]
     if settings.genotype_components:
         factors.append(_genotype_components(genotypes, fitted, settings.genotype_components))
@@ -141,7 +151,8 @@ def _genotype_components(genotypes: Genotypes, fitted: npt.NDArray[np.int64], co
     z = (dosage - mean)[:, sd > 0] / sd[sd > 0]
     _, _, axes = np.linalg.svd(z[fitted], full_matrices=False)
     if count > len(axes):
-        raise ConfigError("there are not so many components", count, where="expression.genotype_components")
+        where, remedy = "expression.genotype_components", f"Use {len(axes)} at most"
+        raise ConfigError("there are not so many components", count, where=where, remedy=remedy)
     return np.asarray(z @ axes[:count].T)
 
 
@@ -170,7 +181,8 @@ def _without_components(
     for _ in range(1 if known.all() else _ROUNDS):
         axes, sizes, _ = np.linalg.svd(filled[:, fitted], full_matrices=False)
         if count > (sizes > 0).sum():
-            raise ConfigError("there are not so many components", count, where="expression.components")
+            where, remedy = "expression.components", f"Use {int((sizes > 0).sum())} at most"
+            raise ConfigError("there are not so many components", count, where=where, remedy=remedy)
         part = axes[:, :count] @ (axes[:, :count].T @ filled)
         filled = np.where(known, z, part)  # what is missing would otherwise pull its gene away from the component
     out = values.copy()

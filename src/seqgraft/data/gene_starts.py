@@ -70,8 +70,7 @@ def read_gene_starts(
         genes, path = otherwise[0].copy(), otherwise[1]
     genes["chrom"] = genes["chrom"].map(lambda name: rename.get(name, name))
     if settings.keep is not None:
-        listed = set(settings.keep.read_text().split())
-        genes = genes[genes["gene"].isin(listed)]
+        genes = genes[genes["gene"].isin(_listed(settings.keep, genes["gene"]))]
     match_chroms(genes["chrom"].unique(), genome, path, more=True)
     genes = genes[genes["chrom"].isin(genome.chroms)].reset_index(drop=True)
     sizes = genes["chrom"].map(genome.chroms)
@@ -82,6 +81,19 @@ def read_gene_starts(
         what = f"{len(beyond)} genes start beyond their contig, such as {row['gene']} at"
         raise DataError(what, f"{row['chrom']}:{row['tss'] + 1}", where=path, remedy=remedy)
     return genes
+
+
+def _listed(path: Path, known: pd.Series[str]) -> list[str]:
+    """The genes of a text file, of which at least one is known."""
+    try:
+        listed = path.read_text(encoding="utf-8").split()
+    except (OSError, UnicodeDecodeError) as error:
+        remedy = "Give a text file with a gene per line"
+        raise DataError(f"the list of genes cannot be read ({error})", where=path, remedy=remedy) from error
+    if not known.isin(listed).any():
+        remedy = f"They are called as {known.iloc[0]!r} is" if len(known) else "It has none"
+        raise DataError("the table of genes has none of those listed", listed[:3], where=path, remedy=remedy)
+    return listed
 
 
 def _gene_table(settings: GeneTable) -> pd.DataFrame:

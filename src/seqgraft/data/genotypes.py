@@ -16,6 +16,9 @@ a record twice                              the second is left out and counted; 
 records out of order                        sorted and counted
 ``0/1``                                     ``unphased``: refuse, random phase, or dosage
 ``0/0``, ``1/1``                            the same whatever the phase
+phase sets (``PS``)                         fine where a donor's heterozygous ``0|1`` of a window are of one set, those
+                                            without a set being one; else ``unphased``: refuse, each set on haplotypes
+                                            drawn at random, or dosage; counted
 ``./.``, ``.``, ``.|1``                     ``missing``: refuse, the reference allele, or the record's most frequent
 ``1``                                       a haploid donor has one haplotype; ``0|1|1`` has three
 another ploidy on the same contig           refused (sex chromosomes: leave the pseudo-autosomal regions out)
@@ -76,6 +79,7 @@ COUNTED: Mapping[str, str] = {
     "unknown": "alleles where the FASTA has an unknown base, skipped",
     "not_snv": "alleles that are no substitution of one base, skipped because dosage has no place for them",
     "unphased": "heterozygous calls without phase",
+    "phase_sets": "heterozygous calls of another phase set than the donor's one before in the window",
     "missing": "calls with a missing allele",
     "overlapping": "alleles not applied because they overlap an earlier one of their haplotype",
 }
@@ -116,10 +120,13 @@ class GenotypeReport:
         words = {
             ("unphased", "random"): ", their phase drawn at random",
             ("unphased", "dosage"): ", encoded as half of each base",
+            ("phase_sets", "random"): ", each set on haplotypes drawn at random",
+            ("phase_sets", "dosage"): ", all phase forgotten",
             ("missing", "reference"): ", taken for the reference allele",
             ("missing", "major"): ", taken for the record's most frequent allele",
         }
-        return words.get((key, {"unphased": self.unphased, "missing": self.missing}.get(key, "")), "")
+        rules = {"unphased": self.unphased, "phase_sets": self.unphased, "missing": self.missing}
+        return words.get((key, rules.get(key, "")), "")
 
 
 @dataclass(frozen=True)

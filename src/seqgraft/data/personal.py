@@ -31,7 +31,7 @@ import pandas as pd
 
 from seqgraft.data.calls import read_genotypes
 from seqgraft.data.dataset import Dataset, DatasetInfo, hash_file, open_dataset, write_dataset
-from seqgraft.data.donors import find_sequences, save_donors
+from seqgraft.data.donors import MEAN, find_sequences, save_donors
 from seqgraft.data.expression import Expression, correct, read_expression, read_text_table
 from seqgraft.data.folds import Folds, assign_folds
 from seqgraft.data.gene_starts import GeneTable, read_gene_starts
@@ -87,6 +87,8 @@ class PersonalSource:
         allow_skipped: also with more than 1 % of the alleles skipped.
         rename: names of contigs in the tables and the VCF -> those of the FASTA.
         select: which genes.
+        mean_track: a second track "mean": what the training donors express of a gene on average, standardised over
+            the genes for training. "expression" is then how donors differ from it (SAGE-net's two outputs).
     """
 
     genome: Path
@@ -102,6 +104,7 @@ class PersonalSource:
     allow_skipped: bool = False
     rename: Mapping[str, str] = field(default_factory=dict)
     select: Selection = field(default_factory=Selection)
+    mean_track: bool = False
 
     def __post_init__(self) -> None:
         problems = Problems(ConfigError)
@@ -183,9 +186,26 @@ def prepare_personal(source: PersonalSource, folder: Path) -> Dataset:
         genes["fold"] = assign_folds(placed, source.gene_folds)
     mean, sd = np.nanmean(expression[:, fitted], axis=1), np.nanstd(expression[:, fitted], axis=1)
     genes["mean"], genes["sd"] = mean, sd
-    scores = (expression - mean[:, None]) / sd[:, None]
+    scores = {"expression": (expression - mean[:, None]) / sd[:, None]}
+    if source.mean_track:
+        scores[MEAN] = np.where(np.isfinite(expression), _levels(genes, notes)[:, None], np.nan)
     _write(source, folder, genome, genotypes, genes, table, scores, notes)
     return open_dataset(folder)
+
+
+def _levels(genes: pd.DataFrame, notes: dict[str, Any]) -> Floats:
+    """The genes' means with mean 0 and spread 1 over those for training.
+
+    Raises:
+        DataError: these do not differ.
+    """
+    level = genes["mean"].to_numpy(np.float64)
+    known = level[(genes["fold"] == "train").to_numpy()]
+    if not known.size or np.ptp(known) == 0:
+        remedy = "Use more genes for training, or leave mean_track out"
+        raise DataError("genes for training do not differ in their means", len(known), remedy=remedy)
+    notes["mean_track"] = {"center": float(known.mean()), "spread": float(known.std())}
+    return np.asarray((level - known.mean()) / known.std())
 
 
 def _write(
@@ -195,12 +215,13 @@ def _write(
     genotypes: Genotypes,
     genes: pd.DataFrame,
     table: pd.DataFrame,
-    scores: Floats,
+    scores: Mapping[str, Floats],
     notes: dict[str, Any],
 ) -> None:
-    """The rows: known expression alone, gene by gene."""
+    """The rows: known expression alone, gene by gene; ``scores`` of each track are ``(genes, donors)``."""
     sequences, haplotypes = find_sequences(genome, genotypes, genes, source.window)
-    gene, donor = np.nonzero(np.isfinite(scores))
+    known = np.isfinite(scores["expression"])
+    gene, donor = np.nonzero(known)
     fold = _cross(genes["fold"].to_numpy(str), table["fold"].to_numpy(str))[gene, donor]
     half = source.window // 2
     tss = genes["tss"].to_numpy(np.int64)[gene]
@@ -222,7 +243,7 @@ def _write(
         "genes": {fold: int(n) for fold, n in genes["fold"].value_counts().items()},
         "haplotypes": int(shared.size),
         "distinct_haplotypes": len(sequences),
-        "unknown_expression": int((~np.isfinite(scores)).sum()),
+        "unknown_expression": int((~known).sum()),
     }
     info = DatasetInfo(
         kind="personal",
@@ -234,9 +255,10 @@ def _write(
         settings=asdict(source),
         notes=notes,
     )
-    tracks = TrackTable.build([{"name": "expression", "group": "expression", "link": "identity"}])
-    with write_dataset(folder, (len(regions), 1, 1)) as writer:
-        writer.targets[:, 0, 0] = scores[gene, donor]
+    tracks = TrackTable.build([{"name": name, "group": name, "link": "identity"} for name in scores])
+    with write_dataset(folder, (len(regions), len(tracks), 1)) as writer:
+        for number, of_track in enumerate(scores.values()):
+            writer.targets[:, number, 0] = of_track[gene, donor]
         save_donors(writer.folder, genotypes, genes, table, sequences, haplotypes)
         writer.finish(info, regions, tracks)
 
@@ -272,7 +294,7 @@ def _read_donors(settings: DonorTable | None, names: list[str]) -> pd.DataFrame:
         return pd.DataFrame({"donor": names, "genotypes": names})
     table = read_text_table(settings.file, "table of donors")
     wanted = [settings.donor, settings.genotypes or settings.donor]
-    if lacking := [name for name in wanted if name not in table]:
+    if lacking := [name for name in dict.fromkeys(wanted) if name not in table]:
         remedy = f"It has {', '.join(table.columns)}: name them under donors"
         raise DataError("the table of donors lacks columns", lacking, where=settings.file, remedy=remedy)
     for name in dict.fromkeys(wanted):

@@ -361,7 +361,8 @@ class Head(nn.Module):
         covariates: int = 0,
     ) -> None:
         super().__init__()
-        self.tracks, self.pool = tracks, pool
+        self.tracks = tracks
+        self.pool: str = pool
         self.link = str(tracks.frame["link"].iloc[0])
         self.out = nn.Conv1d(channels, len(tracks), 1)
         self.attend = nn.Conv1d(channels, 1, 1, bias=False) if pool == "attention" else None
@@ -454,12 +455,17 @@ class SequenceModel(_StaysFrozen):
         self.trunk = trunk
         self.heads = nn.ModuleDict(dict(heads))
         self.tracks = tracks
+        #: Heads of other data that train along.
+        self.beside: Beside | None = None
         made = [name for head in heads.values() for name in head.tracks.names]
         self._order = [made.index(name) for name in tracks.names]
         self._in_order = self._order == list(range(len(made)))
 
     def forward(self, sample: Sample) -> Tensor:
         """Values before the link, ``(batch, tracks, bins)``; a sample that is halfway starts from there."""
+        if sample.of_beside:
+            assert self.beside is not None  # whose samples they are
+            return self.beside(self.trunk, sample)  # type: ignore[no-any-return]
         if sample.halfway is None:
             return self.read(self.trunk(sample.codes, sample.lengths), sample)
         state: State = sample.halfway.state
@@ -500,6 +506,35 @@ class SequenceModel(_StaysFrozen):
 
     def predict(self, sample: Sample) -> Tensor:
         return self.link(self(sample))
+
+
+class Beside(nn.Module):
+    """Heads of other data on the trunk of a model, and the stages that crop it for them.
+
+    Args:
+        model: made for the other data; stages with parameters are those of the trunk that is given to ``forward``.
+    """
+
+    def __init__(self, model: SequenceModel) -> None:
+        super().__init__()
+        self.heads, self.tracks = model.heads, model.tracks
+        stages = model.trunk.stages.items()
+        self.crops = nn.ModuleDict({name: stage for name, stage in stages if next(stage.parameters(), None) is None})
+
+    @contextmanager
+    def cropping(self, trunk: Trunk) -> Iterator[SequenceModel]:
+        """The model of the other data on a trunk, which gives features for it meanwhile."""
+        own = {name: trunk.stages[name] for name in self.crops}
+        trunk.stages.update(dict(self.crops.items()))
+        try:
+            yield SequenceModel(trunk, dict(self.heads.items()), self.tracks)  # type: ignore[arg-type]
+        finally:
+            trunk.stages.update(own)
+
+    def forward(self, trunk: Trunk, sample: Sample) -> Tensor:
+        """Values before the link, ``(batch, tracks, bins)``."""
+        with self.cropping(trunk) as model:
+            return model.read(trunk(sample.codes, sample.lengths), sample)
 
 
 def trainable_state(model: nn.Module) -> dict[str, Tensor]:

@@ -5,21 +5,23 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 
 from seqgraft.data.dataset import DatasetInfo
 from seqgraft.errors import ConfigError, ModelError, Problems
-from seqgraft.models.base import Head, SequenceModel, Trunk, weight_hash, with_spec
+from seqgraft.models.base import Beside, Head, SequenceModel, Trunk, weight_hash, with_spec
 from seqgraft.models.folders import TRUNKS, Pretrained, find_model, is_like
 from seqgraft.models.masked import MaskedModel
 from seqgraft.models.reading import check_fit
 from seqgraft.models.remote_code import allowing, check_commit
+from seqgraft.models.track_head import TrackHead
 from seqgraft.models.wrap import WrappedTrunk, redraw
 from seqgraft.tracks import TrackTable
 
-__all__ = ["ModelConfig", "build_masked", "build_model", "build_pretrained", "is_random", "pretrained_of"]
+__all__ = ["ModelConfig", "build_beside", "build_masked", "build_model", "build_pretrained", "is_random"]
+__all__ += ["pretrained_of"]
 
 PRETRAINED = "pretrained_"  # heads whose names start so came with the weights and stay as they are
 CONTINUED = "continued_"  # and those of head: pretrained, which train on
@@ -38,6 +40,8 @@ class ModelConfig:
             the same names; "extend": new heads. Pretrained tracks that the data lack are kept frozen beside them.
         pool: how the bins of a labelled sequence become one.
         centre: labels: only so many bins around the middle of the sequence; None for all.
+        track: labels: instead of new heads, one of the pretrained model's tracks, by name, summed over these bins
+            (``track_head.TrackHead``).
         settings: of an architecture, such as ``{channels: 96, depth: 4, blocks: 2}``.
         species: the token before each sequence, for checkpoints that have such tokens: they need one.
         truncate: models of tokens: drop and count bases that no token stands for, which are an error otherwise.
@@ -53,6 +57,7 @@ class ModelConfig:
     head: Literal["new", "pretrained", "extend"] = "new"
     pool: Literal["mean", "max", "attention"] = "mean"
     centre: int | None = None
+    track: str | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
     species: str | None = None
     truncate: bool = False
@@ -110,13 +115,16 @@ def build_masked(config: ModelConfig, info: DatasetInfo) -> MaskedModel:
     return model
 
 
-def build_model(config: ModelConfig, tracks: TrackTable, info: DatasetInfo, covariates: int = 0) -> SequenceModel:
+def build_model(
+    config: ModelConfig, tracks: TrackTable, info: DatasetInfo, covariates: int = 0, *, own_bins: bool = False
+) -> SequenceModel:
     """A model for the tracks of a dataset, with pretrained or random weights and everything trainable.
 
     Args:
         tracks: the dataset's tracks; heads are made one per group.
         info: window, bins and bin size of the dataset.
         covariates: how many covariates each example has.
+        own_bins: bins of labels are as long as in pretraining, because pretrained heads read them too.
 
     Raises:
         ConfigError: unknown model or settings.
@@ -124,9 +132,13 @@ def build_model(config: ModelConfig, tracks: TrackTable, info: DatasetInfo, cova
     """
     pretrained = pretrained_of(config)
     labels = info.bins == 1
-    trunk = _build_trunk(config, pretrained, info, labels)
+    trunk = _build_trunk(config, pretrained, info, labels, own_bins=own_bins or config.track is not None)
     pool = config.pool if labels else "none"
-    heads = {} if config.head == "pretrained" else _new_heads(tracks, trunk.spec.channels, pool, covariates)
+    heads: dict[str, Head] = {}
+    if config.track is not None:
+        heads = _track_heads(config, config.track, pretrained, trunk, tracks, labels and not covariates)
+    elif config.head != "pretrained":
+        heads = _new_heads(tracks, trunk.spec.channels, pool, covariates)
     if config.head == "new":
         model = SequenceModel(trunk, heads, tracks)
     else:
@@ -136,27 +148,37 @@ def build_model(config: ModelConfig, tracks: TrackTable, info: DatasetInfo, cova
     return model
 
 
-def build_pretrained(
-    config: ModelConfig, info: DatasetInfo, *, around_centre: int | None = None
-) -> SequenceModel | None:
+def build_pretrained(config: ModelConfig, info: DatasetInfo, *, of_labels: bool = False) -> SequenceModel | None:
     """The pretrained model with its own heads and nothing new, for the bins of a dataset; None if there is none.
 
     Args:
-        around_centre: so many bins of the model around the middle of each sequence instead.
+        of_labels: the bins that heads of labels see: ``config.centre`` around the middle, or all.
 
     Its outputs are what the new data's predictions are compared with, and what fine-tuning may forget.
     """
     pretrained = pretrained_of(config)
     if pretrained is None or config.init == "random" or not pretrained.content["heads"]:
         return None
-    if around_centre is not None:
-        info = replace(info, bins=around_centre, bin_size=int(pretrained.content["bin_size"]))
-    if info.bins == 1:
+    if info.bins == 1 and not of_labels:
         return None
-    trunk = _build_trunk(config, pretrained, info, labels=False)
+    trunk = _build_trunk(config, pretrained, info, labels=of_labels, own_bins=of_labels)
     model = SequenceModel(trunk, _pretrained_heads(pretrained, trunk), pretrained.tracks)
     _load(model, pretrained)
     return model.eval()
+
+
+def build_beside(config: ModelConfig, tracks: TrackTable, info: DatasetInfo) -> Beside:
+    """The pretrained heads of tracks of other data, to train along on the trunk of a model of ``config``.
+
+    Raises:
+        ModelError: no pretrained model with these tracks, in these units; windows or bins that do not fit it.
+    """
+    if pretrained_of(config) is None:
+        what, remedy = "tracks can train along on a pretrained model alone", "Name one that was pretrained on them"
+        raise ModelError(what, config.name, where="joint", remedy=remedy)
+    model = build_model(replace(config, head="pretrained", track=None, centre=None, pool="mean"), tracks, info)
+    heads = {name: head for name, head in model.heads.items() if not name.startswith(PRETRAINED)}
+    return Beside(SequenceModel(model.trunk, cast("dict[str, Head]", heads), tracks))
 
 
 def _pretrained_heads(pretrained: Pretrained, trunk: Trunk) -> dict[str, Head]:
@@ -166,7 +188,10 @@ def _pretrained_heads(pretrained: Pretrained, trunk: Trunk) -> dict[str, Head]:
     }
 
 
-def _build_trunk(config: ModelConfig, pretrained: Pretrained | None, info: DatasetInfo, labels: bool) -> Trunk:
+def _build_trunk(
+    config: ModelConfig, pretrained: Pretrained | None, info: DatasetInfo, labels: bool, own_bins: bool = False
+) -> Trunk:
+    """The trunk for the window and bins of a dataset; ``own_bins``: bins of labels are as long as in pretraining."""
     architecture = str(pretrained.content["architecture"]) if pretrained else config.name
     if pretrained is not None and config.settings:
         raise ConfigError(
@@ -181,7 +206,7 @@ def _build_trunk(config: ModelConfig, pretrained: Pretrained | None, info: Datas
     native = kind.label_bin_size if labels else info.bin_size
     if labels and (config.pool != "mean" or config.centre is not None):
         native = max(1, native)  # there is nothing to choose from in one bin
-    if pretrained and not kind.any_bin_size:
+    if pretrained and (own_bins or not kind.any_bin_size):
         native = int(pretrained.content["bin_size"])
     if labels:
         crop = kind.drops if config.centre is None else _around_centre(config, kind, info.window, native)
@@ -266,6 +291,27 @@ def _new_heads(
     }
 
 
+def _track_heads(
+    config: ModelConfig, name: str, pretrained: Pretrained | None, trunk: Trunk, tracks: TrackTable, suits: bool
+) -> dict[str, Head]:
+    """A head per group of labels that reads a pretrained track, with its strand partner."""
+    if pretrained is None or not suits or config.head != "new" or config.init == "random":
+        what = "a pretrained track as the head needs a pretrained model, labels, head: new and no covariates"
+        raise ModelError(what, config.name, where="model.track", remedy="Leave it out for a new head")
+    old = pretrained.tracks
+    if name not in old.names:
+        remedy = f"It has {len(old)} tracks, such as {', '.join(old.names[:8])}"
+        raise ModelError("the pretrained model has no such track", name, where="model.track", remedy=remedy)
+    frame = old.frame.set_index("name", drop=False)
+    source = old.select(list(dict.fromkeys([name, str(frame.loc[name, "strand_pair"])])))
+    return {
+        "track_" + key.removeprefix("new_"): TrackHead(
+            tracks.select([tracks.names[i] for i in index]), trunk.spec.channels, source, trunk.spec.bin_size
+        )
+        for key, index in ((_key(group), index) for group, index in tracks.groups.items())
+    }
+
+
 def _key(group: str) -> str:
     return "new_" + group.replace(".", "_")
 
@@ -347,13 +393,17 @@ def _load(model: SequenceModel, pretrained: Pretrained) -> None:
         name: [(name, None)] for name in own if name.startswith("trunk.")
     }
     expected = {name: tuple(own[name].shape) for name in wanted}
+    groups: Mapping[str, list[str]] = pretrained.content["heads"]
     for key, head in model.heads.items():
-        if key.startswith((PRETRAINED, CONTINUED)) and isinstance(head, Head):
-            there = key.partition("_")[2]
-            names = list(pretrained.content["heads"][there])
+        if isinstance(head, TrackHead) or (key.startswith((PRETRAINED, CONTINUED)) and isinstance(head, Head)):
+            copied = head.source.names if isinstance(head, TrackHead) else head.tracks.names
+            there = next(group for group, names in groups.items() if copied[0] in names)
+            names = list(groups[there])
+            rows = [names.index(track) for track in copied]
             for part, tensor in head.state_dict().items():
+                if part in ("scale", "bias"):  # a TrackHead's own
+                    continue
                 theirs = f"heads.{there}.{part}"
-                rows = [names.index(track) for track in head.tracks.names]
                 wanted.setdefault(theirs, []).append((f"heads.{key}.{part}", rows))
                 expected[theirs] = (len(names), *tensor.shape[1:])
     check_fit(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -66,9 +67,16 @@ def render(page: Page) -> str:
         loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters["kind"] = lambda block: type(block).__name__
+    environment.filters["parts"] = _parts
     style, script = (_HERE.joinpath(name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     return environment.get_template("template.html").render(page=page, style=style, script=script, digest=digest)
+
+
+def _parts(text: str) -> tuple[str, str]:
+    """``0.76 (0.74 to 0.78)`` as the value and its interval, which is "" where there is none."""
+    found = re.fullmatch(r"(\S+) (\(\S+ to \S+\))", text)
+    return (found[1], found[2]) if found else (text, "")
 
 
 def _write(page: Page, out: Path) -> Path:

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Mapping, Sequence
 
 import pandas as pd
 
 from seqgraft.plots import model_dots, svg
-from seqgraft.report.page import Cell, Chart, Page, RunFiles, Section, Table, held_out
+from seqgraft.report.glossary import words_section
+from seqgraft.report.page import Cell, Chart, Code, Page, RunFiles, Section, Table, held_out
 from seqgraft.report.scores import Key, Score, words
 from seqgraft.scoring import whole_fold
 
 __all__ = ["comparison_page"]
+
+_LEAD = (
+    "Runs stand in the order of their scores. Where intervals overlap, a difference may be chance: 'seqgraft sweep' "
+    "repeats each method with several seeds and tests the differences."
+)
 
 
 def comparison_page(runs: Sequence[RunFiles]) -> Page:
@@ -39,8 +46,32 @@ def comparison_page(runs: Sequence[RunFiles]) -> Page:
     measures = [(key, _own(names, key), _others(names, key)) for key in keys]
     titles = [_title(own, others, key, held_out(first, key.fold)) for key, own, others in measures]
     headed = [f"{key.group}: {title}" if len(keys) > 1 else title for key, title in zip(keys, titles, strict=True)]
-    charts = [_chart(own, others, key, title) for (key, own, others), title in zip(measures, headed, strict=True)]
-    return Page(titles[0], "", tuple(notes), (Section("Methods", (_table(names, measures), *charts)),))
+    charts = [
+        _chart(own, others, key, title, f"methods{number}")
+        for number, ((key, own, others), title) in enumerate(zip(measures, headed, strict=True))
+    ]
+    sections = [Section("Which run is best?", (_table(names, measures), *charts)), _runs(names)]
+    glossary = words_section(titles[0], sections)
+    sections += [] if glossary is None else [glossary]
+    return Page(titles[0], _LEAD if len(scored) > 1 else "", tuple(notes), tuple(sections))
+
+
+def _runs(names: Mapping[str, RunFiles]) -> Section:
+    """Where each run is, what it was trained on, and how to see more of it."""
+    rows = tuple(
+        (
+            Cell(name),
+            Cell(str(run.folder)),
+            Cell.of(run.part("dataset").get("folder")),
+            Cell.of(run.part("model").get("name")),
+            Cell.of(run.part("model").get("licence") or None),
+            Cell.of(run.environment.get("command")),
+        )
+        for name, run in names.items()
+    )
+    table = Table("Each has a report of its own.", ("run", "folder", "data", "base model", "licence", "made by"), rows)
+    commands = "\n".join(f"seqgraft report {shlex.quote(str(run.folder))}" for run in names.values())
+    return Section("Where are the runs?", (table, Code("To see all about one", commands)))
 
 
 #: What is measured, and the scores of runs and of baselines.
@@ -90,19 +121,21 @@ def _title(own: Mapping[str, Score], others: Mapping[str, Score], key: Key, plac
     return f"{text}{beaten}, {words(name)}, {rival.value:z.2f}"
 
 
-def _chart(own: Mapping[str, Score], others: Mapping[str, Score], key: Key, title: str) -> Chart:
-    rows = [(name, score, "run") for name, score in own.items()]
-    rows += [(name, score, "ceiling" if score.is_ceiling else "baseline") for name, score in others.items()]
+def _chart(own: Mapping[str, Score], others: Mapping[str, Score], key: Key, title: str, name: str) -> Chart:
+    rows = [(model, score, "run") for model, score in own.items()]
+    rows += [(model, score, "ceiling" if score.is_ceiling else "baseline") for model, score in others.items()]
     rows.sort(key=lambda row: row[1].rank)
     frame = pd.DataFrame([{"model": n, "value": s.value, "low": s.low, "high": s.high, "group": g} for n, s, g in rows])
     groups = [group for group in ("run", "baseline", "ceiling") if any(row[2] == group for row in rows)]
     figure = model_dots(frame, title=title, xlabel=key.axis, groups=groups)
     what = f"track {key.track}" if key.track else "mean over tracks"
     caption = f"{key.axis}, {what}, fold {key.fold}. Lines are 95 % bootstrap intervals over regions."
-    return Chart(svg(figure, "methods", title), caption)
+    return Chart(svg(figure, name, title), caption)
 
 
 def _table(names: Mapping[str, RunFiles], measures: Sequence[Measure]) -> Table:
+    first = measures[0][1] if measures else {}
+    ordered = sorted(names, key=lambda name: first[name].rank if name in first else math.inf)
     rows = [
         (
             Cell(name),
@@ -112,15 +145,13 @@ def _table(names: Mapping[str, RunFiles], measures: Sequence[Measure]) -> Table:
             Cell.duration(run.environment.get("seconds")),
             Cell.size(run.environment.get("peak_memory_bytes")),
         )
-        for name, run in names.items()
+        for name, run in ((name, names[name]) for name in ordered)
     ]
     unknown = (Cell.of(None),) * 4
     models = dict.fromkeys(model for _, _, others in measures for model in others)
     for model in models:
         rows.append((Cell(words(model)), *(Cell.score(others.get(model)) for _, _, others in measures), *unknown))
-    first = measures[0][1] if measures else {}
-    best = min(first, key=lambda name: first[name].rank, default=None)
-    strong = frozenset(index for index, name in enumerate(names) if name == best)
+    strong = frozenset([0]) if first else frozenset()
     scores = [key.column for key, _, _ in measures]
     columns = ("method", *scores, "trained parameters", "best epoch", "training time", "peak memory")
     return Table("Runs and, below them, baselines; 95 % intervals in brackets.", columns, tuple(rows), strong)

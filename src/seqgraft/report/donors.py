@@ -2,21 +2,46 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Mapping
+from typing import Any
+
 import numpy as np
 import pandas as pd
 
-from seqgraft.plots import paired_scatter, svg
+from seqgraft.plots import paired_scatter, short_name, svg
 from seqgraft.report.page import Cell, Chart, RunFiles, Section, Table
-from seqgraft.report.scores import number
+from seqgraft.report.scores import Key, number, words
 
-__all__ = ["donors_section"]
+__all__ = ["donors_section", "is_of_donors", "is_of_genes"]
 
 _SCORE = "pearson_within_genes"
+_DONORS = "these donors"  # the model's name in tables for what is true whatever the model
 _SHORT = {
     "test": "seen genes, unseen donors",
     "unseen_genes": "unseen genes, seen donors",
     "unseen_both": "both unseen",
 }
+
+
+#: Measures of strata of donors and of linearity, which stand in a table of their own.
+_STRATA = {
+    "pearson_unseen_alleles": "Pearson, donors with alleles that no training donor has",
+    "pearson_rare_alleles": "Pearson, other donors with rare alleles",
+    "pearson_common_alleles": "Pearson, donors with common alleles alone",
+    "unseen_alleles": "share of variants with alleles that no training donor has",
+    "linearity": "share of the predictions that is linear in dosage (sums of single effects)",
+    "linearity_fitted": "the same, by regression on held-out haplotypes",
+}
+
+
+def is_of_donors(key: Key) -> bool:
+    """Is it about strata of donors, or about how linear predictions are?"""
+    return key.metric in _STRATA or key.metric.startswith("pearson_population")
+
+
+def is_of_genes(key: Key) -> bool:
+    """Is it a mean over genes?"""
+    return key.metric.endswith("_within_genes") or key.metric == "haplotype_effect"
 
 
 def donors_section(run: RunFiles) -> Section:
@@ -31,11 +56,13 @@ def donors_section(run: RunFiles) -> Section:
         ahead = {fold: int((points[:, 1] > points[:, 0]).sum()) for fold, points in pairs.items()}
         first = next(iter(pairs))
         title = f"{run.label} is ahead of {rival} in {ahead[first]} of {len(pairs[first])} genes ({first})"
-        figure = paired_scatter(pairs, title=title, xlabel=f"r of {rival}", ylabel=f"r of {run.label}", diagonal=True)
+        figure = paired_scatter(
+            pairs, title=title, xlabel=f"r of {rival}", ylabel=f"r of {short_name(run.label, 22)}", diagonal=True
+        )
         caption = (
             "A dot is a gene: correlation of prediction and expression across donors. 0 where all donors get one value."
         )
-        blocks.append(Chart(svg(figure, "donors0", title), caption))
+        blocks.append(Chart(svg(figure, "donors0", title), caption, wide=True))
     own = genes[genes["model"] == run.label]
     effects = {
         _SHORT[fold]: found
@@ -55,10 +82,42 @@ def donors_section(run: RunFiles) -> Section:
             "A dot is a gene: difference, in standard deviations, between the donors who carry the one and those who "
             "carry the other of the two most frequent haplotypes of its window."
         )
-        blocks.append(Chart(svg(figure, "donors1", title), caption))
+        blocks.append(Chart(svg(figure, "donors1", title), caption, wide=True))
     if run.differences is not None and not run.differences.empty:
         blocks.append(_differences(run.differences, run.label))
+    strata = _strata(run, folds)
+    blocks += [] if strata is None else [strata]
     return Section("Gene by gene", tuple(blocks))
+
+
+def _strata(run: RunFiles, folds: list[str]) -> Table | None:
+    """Scores of strata of donors, and linearity; where a data set cannot tell, why."""
+    frame = run.scores.frame if run.scores is not None else pd.DataFrame({"metric": []})
+    own = frame[frame["metric"].map(lambda name: name in _STRATA or str(name).startswith("pearson_population"))]
+    own = own[own["model"].isin([run.label, _DONORS])]
+    if own.empty:
+        return None
+    found = {(row["metric"], row["fold"]): row for row in own.to_dict("records")}
+    rows = tuple(
+        (Cell(_stratum(metric)), *(_or_reason(found.get((metric, fold))) for fold in folds))
+        for metric in dict.fromkeys(own["metric"])
+    )
+    caption = "Which donors are predicted, and is the model more than a sum of single variants? Means over genes."
+    return Table(caption, ("measure", *(_SHORT[fold] for fold in folds)), rows)
+
+
+def _stratum(metric: str) -> str:
+    population = metric.removeprefix("pearson_population_")
+    return _STRATA.get(metric) or f"Pearson, donors of the population {words(population)}"
+
+
+def _or_reason(row: Mapping[Hashable, Any] | None) -> Cell:
+    if row is None:
+        return Cell.of(None)
+    if row["value"] != row["value"]:
+        return Cell(str(row["note"]).removeprefix("cannot be tested on this set: ") or "–")
+    interval = f" ({row['low']:z.3f} to {row['high']:z.3f})" if row["low"] == row["low"] else ""
+    return Cell(f"{row['value']:z.3f}{interval}", row["value"])
 
 
 def _rival(genes: pd.DataFrame, label: str) -> str | None:
@@ -77,7 +136,9 @@ def _beside(genes: pd.DataFrame, label: str, rival: str) -> np.ndarray[tuple[int
 def _differences(frame: pd.DataFrame, label: str) -> Table:
     rows = []
     for row in frame.to_dict("records"):
-        interval = f"{row['value']:z.3f} ({row['low']:z.3f} to {row['high']:z.3f})"
+        interval = f"{row['value']:z.3f}"
+        if row["low"] == row["low"]:  # one block of genes has none
+            interval += f" ({row['low']:z.3f} to {row['high']:z.3f})"
         cells = [Cell(str(row["baseline"])), Cell(_SHORT.get(str(row["fold"]), str(row["fold"])))]
         cells += [Cell(interval, row["value"]), Cell(f"{row['better']} of {row['n']}", row["better"])]
         rows.append((*cells, Cell(number(row["p"]), row["p"])))

@@ -7,16 +7,19 @@ from __future__ import annotations
 
 import json
 import math
+import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
+import numpy as np
+import numpy.typing as npt
 import pandas as pd
 
 from seqgraft.errors import DataError
 from seqgraft.plots import Examples
-from seqgraft.report.scores import Score, Scores, number
+from seqgraft.report.scores import Score, Scores, metric_name, number, words
 from seqgraft.scoring import whole_fold
 
 __all__ = [
@@ -28,6 +31,8 @@ __all__ = [
     "RunFiles",
     "Section",
     "Table",
+    "Values",
+    "frame_table",
     "held_out",
     "is_run",
     "join",
@@ -42,7 +47,42 @@ EXPECTED = {
     "adapter/adapter.json": "training was not finished; continue with 'seqgraft fit --resume'",
     "evaluation/metrics.parquet": "the run was not evaluated; run 'seqgraft evaluate'",
 }
+#: Folders of a run into which 'seqgraft variants' and 'seqgraft attribute' may write for its report.
+VARIANTS, ATTRIBUTIONS = "variants", "attributions"
 UNKNOWN = "–"
+MAX_ROWS = 2000
+
+
+@dataclass(frozen=True, eq=False)
+class Values:
+    """Of each region that was tested and each track: the mean over its bins, observed and predicted.
+
+    ``(regions, tracks)``, on the model's scale, NaN where nothing was measured. Labels have one bin, so that these are
+    the labels and the predictions themselves.
+    """
+
+    tracks: tuple[str, ...]
+    observed: npt.NDArray[np.float64]
+    predicted: npt.NDArray[np.float64]
+
+    @classmethod
+    def load(cls, path: Path) -> Self | None:
+        """From the statistics in ``evaluation/moments.npz`` (``metrics.Moments``); None where there is none of tracks.
+
+        Raises:
+            ValueError: the file is damaged.
+        """
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                if "moments" not in file.files:
+                    return None
+                sums, tracks = file["moments"], tuple(file["tracks"].tolist())
+        except (EOFError, zipfile.BadZipFile) as error:
+            raise ValueError(str(error)) from error
+        if sums.ndim != 3 or sums.shape[::2] != (6, len(tracks)):
+            raise ValueError("it holds no statistics of these tracks")
+        known = np.where(sums[0] > 0, 1.0, np.nan)
+        return cls(tracks, sums[1] * known, sums[2] * known)
 
 
 @dataclass(frozen=True)
@@ -60,6 +100,9 @@ class RunFiles:
     genes: pd.DataFrame | None
     confusion: pd.DataFrame | None
     examples: Examples | None
+    values: Values | None
+    variants: Mapping[str, pd.DataFrame]
+    attributions: Mapping[str, Any]
     missing: tuple[str, ...]
 
     def part(self, name: str) -> Mapping[str, Any]:
@@ -126,22 +169,26 @@ class Table:
 
 @dataclass(frozen=True)
 class Chart:
-    """A figure as SVG, with the words for who wants to know how to read it."""
+    """A figure as SVG, with the words for who wants to know how to read it; a wide one has the page's width."""
 
     svg: str
     caption: str
+    wide: bool = False
 
 
 @dataclass(frozen=True)
 class Facts:
-    """Terms and what they are."""
+    """Terms and what they are, with a heading of their own if need be."""
 
     pairs: tuple[tuple[str, str], ...]
+    title: str = ""
+    wide: bool = False
 
     @classmethod
-    def of(cls, *pairs: tuple[str, object]) -> Self:
+    def of(cls, *pairs: tuple[str, object], title: str = "", wide: bool = False) -> Self:
         """The pairs whose value is known."""
-        return cls(tuple((term, str(value)) for term, value in pairs if value not in (None, "", UNKNOWN, {}, [])))
+        known = tuple((term, str(value)) for term, value in pairs if value not in (None, "", UNKNOWN, {}, []))
+        return cls(known, title, wide)
 
 
 @dataclass(frozen=True)
@@ -190,6 +237,11 @@ def read_run(folder: Path) -> RunFiles:
             missing.append(f"{name} cannot be read ({(str(error).splitlines() or [type(error).__name__])[0]}).")
             return None
 
+    def read_all(kind: str, ending: str, reader: Callable[[Path], Any]) -> dict[str, Any]:
+        paths = sorted((folder / kind).glob(f"*{ending}"))
+        found = {path.name.removesuffix(ending): read(f"{kind}/{path.name}", reader) for path in paths}
+        return {name: value for name, value in found.items() if value is not None}
+
     environment = read("environment.json", _read_json) or {}
     adapter = read("adapter/adapter.json", _read_json) or {}
     scores = read("evaluation/metrics.parquet", lambda path: Scores.of(pd.read_parquet(path)))
@@ -207,6 +259,9 @@ def read_run(folder: Path) -> RunFiles:
         genes=read("evaluation/genes.parquet", pd.read_parquet),
         confusion=read("evaluation/confusion.parquet", pd.read_parquet),
         examples=read("evaluation/examples.npz", Examples.load),
+        values=read("evaluation/moments.npz", Values.load),
+        variants=read_all(VARIANTS, ".parquet", pd.read_parquet),
+        attributions=read_all(ATTRIBUTIONS, ".npz", _read_attributions),
         missing=tuple(missing),
     )
 
@@ -218,6 +273,12 @@ def _read_json(path: Path) -> dict[str, Any]:
     return content
 
 
+def _read_attributions(path: Path) -> Any:
+    from seqgraft.attribute import Attributions  # it loads torch, which most reports do without
+
+    return Attributions.load(path)
+
+
 def _read_log(path: Path) -> pd.DataFrame:
     log = pd.read_csv(path)
     if "epoch" not in log or not pd.api.types.is_numeric_dtype(log["epoch"]) or log["epoch"].isna().any():
@@ -227,9 +288,9 @@ def _read_log(path: Path) -> pd.DataFrame:
 
 #: Folds of donors and genes, as the end of a sentence.
 DONOR_PLACES = {
-    "test": " in held-out donors, for genes of training",
-    "unseen_genes": " for genes that were never trained on",
-    "unseen_both": " in held-out donors, for genes that were never trained on",
+    "test": " on genes of training in held-out donors",
+    "unseen_genes": " on genes that were never trained on",
+    "unseen_both": " on genes that were never trained on in held-out donors",
 }
 
 
@@ -260,3 +321,22 @@ def _place(run: RunFiles, fold: str) -> str:
 def join(names: list[str]) -> str:
     """a, b and c."""
     return " and ".join(filter(None, [", ".join(names[:-1]), *names[-1:]]))
+
+
+def frame_table(frame: pd.DataFrame, caption: str, source: str) -> Table:
+    """Any table; ``low`` and ``high`` become one column, empty columns go, "" among the tracks is their mean."""
+    shown = frame.head(MAX_ROWS)
+    empty = [column for column in shown if shown[column].isin(["", None]).all()]
+    rows, columns = [], [column for column in shown if column not in (*empty, "high")]
+    for row in shown.to_dict("records"):
+        cells = {str(name): Cell.of(value) for name, value in row.items()}
+        if {"low", "high"} <= cells.keys() and cells["low"].sort is not None:
+            cells["low"] = Cell(f"{cells['low'].text} to {cells['high'].text}", cells["low"].sort)
+        if row.get("track") == "":
+            cells["track"] = Cell("mean over tracks")
+        if "metric" in row:
+            cells["metric"] = Cell(metric_name(str(row["metric"])))
+        rows.append(tuple(cells[str(column)] for column in columns))
+    more = f" (the first {MAX_ROWS:,} of {len(frame):,} rows in {source})" if len(frame) > MAX_ROWS else ""
+    names = ("95 % interval" if column == "low" else words(str(column)) for column in columns)
+    return Table(f"{caption}{more}.", tuple(names), tuple(rows))

@@ -25,12 +25,15 @@ _NAMES = {
     "pearson_of_ceiling": "Pearson", "pearson_across_tracks_of_ceiling": "Pearson of what a track has of its own",
     "pearson_within_genes": "Pearson within genes", "spearman_within_genes": "Spearman within genes",
     "r2_within_genes": "R² within genes", "haplotype_effect": "Pearson of haplotypes' effects across genes",
+    "pearson_across_genes": "Pearson of means across genes",
+    "pearson_across_regions": "Pearson across regions", "original_pearson": "Pearson",
+    "forgetting": "change in Pearson", "agreement": "agreement with before",
     "pearson_across_tracks": "Pearson of what a track has of its own",
     "pearson_across_tracks_differential": "the same where cell types differ most",
     "pearson_across_tracks_differential_of_ceiling": "the same where cell types differ most",
 }  # fmt: skip
 _LOWER = ("mse", "mae", "loss", "error", "bits_per_base", "cross_entropy", "perplexity")  # ends of metrics' names
-_UNITS = {"squashed": "squashed scale", "raw": "raw signal", "label": ""}
+_UNITS = {"squashed": "squashed scale", "raw": "raw signal", "label": "", "hidden tokens": ""}
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,10 @@ class Key:
         """The metric's name and its scale."""
         unit = _UNITS.get(self.unit, self.unit)
         return f"{self.text} ({unit})" if unit else self.text
+
+    def column_of(self, scale: str) -> str:
+        """What heads a column where the caption says the group and that scores are on ``scale``."""
+        return ", ".join(filter(None, [self.text if self.unit == scale else self.axis, self.track]))
 
     @property
     def column(self) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import shlex
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import pandas as pd
 
 from seqgraft.errors import RunError
 from seqgraft.plots import model_dots, svg
+from seqgraft.report.glossary import words_section
 from seqgraft.report.page import Cell, Chart, Code, Page, Section, Table, join
 from seqgraft.report.scores import Score, metric_name, words
 from seqgraft.trends import cost_dots, epoch_curves, setting_lines
@@ -30,6 +32,7 @@ _COSTS: dict[str, tuple[str, Callable[[float], Cell]]] = {
 }
 _MAX_CURVES = 30
 _MANY = 5  # methods in a title
+_MANY_PAIRS = 15  # that are shown at once
 _FEW = 2  # data sets whose findings are the title
 
 
@@ -52,20 +55,20 @@ def sweep_page(folder: Path) -> Page:
     sections = [section for each in slices for section in each.sections(several=len(slices) > 1)]
     if len(failed):
         sections.append(Section("Cells without a result", (_failures(failed),)))
-    sections += [
-        Section(
-            "Every cell", (_frame(results.drop(columns="message"), "One row per cell (results.parquet)."),), folded=True
-        ),
-        Section(
-            "Every setting",
-            (_frame(pd.read_parquet(folder / "summary.parquet"), "Means over seeds (summary.parquet)."),),
-            folded=True,
-        ),
-        Section("How was it made", (Code("sweep.yaml", text),), folded=True),
-    ]
+    again = f"seqgraft sweep {shlex.quote(str(folder / 'sweep.yaml'))} NEW_FOLDER"
+    sections.append(Section("How to make it again", (Code("With the same prepared data", again),)))
     if len(slices) > _FEW:
         rows = tuple((Cell(each.place), Cell(each.finding)) for each in slices)
-        sections.insert(0, Section("What was found?", (Table("What the tests say.", ("data", "finding"), rows),)))
+        caption = "What the tests say, by data set."
+        sections.insert(0, Section("What was found?", (Table(caption, ("data", "finding"), rows),)))
+    glossary = words_section(_title(slices), sections)
+    sections += [] if glossary is None else [glossary]
+    tables = (
+        ("Every cell", results.drop(columns="message"), "One row per cell (results.parquet)."),
+        ("Every setting", pd.read_parquet(folder / "summary.parquet"), "Means over seeds (summary.parquet)."),
+    )
+    sections += [Section(title, (_frame(frame, caption),), folded=True) for title, frame, caption in tables]
+    sections.append(Section("Settings of the sweep", (Code("sweep.yaml", text),), folded=True))
     return Page(_title(slices), _lead(results, slices), tuple(notes), tuple(sections))
 
 
@@ -216,11 +219,11 @@ class _Slice:
         place = f"{self.place}: " if several else ""
         yield Section(f"{place}Which method?", (self._dots(), self._table()))
         if len(self.tests):
-            yield Section(f"{place}Are they told apart?", tuple(self._tests()))
+            yield Section(f"{place}Are they told apart?", tuple(self._tests()), folded=len(self.tests) > _MANY_PAIRS)
         settings = tuple(self._setting_charts())
         if settings:
             yield Section(f"{place}What do the settings do?", settings)
-        yield Section(f"{place}What does it cost?", tuple(self._cost_charts()))
+        yield Section(f"{place}What does it cost?", (*self._cost_charts(), self._costs()))
         curves = self._curves()
         if curves is not None:
             yield Section(f"{place}How did training go?", (curves,))
@@ -244,55 +247,45 @@ class _Slice:
     def _id(self) -> str:
         return "".join(c if c.isalnum() else "_" for c in f"{self.dataset}{self.group}")
 
-    def _table(self) -> Table:
-        rows = []
+    @property
+    def _shown(self) -> pd.DataFrame:
+        """Chosen settings: the methods, then random weights and baselines."""
+        order = {"run": 0, "control": 1, "baseline": 2}
         shown = self.summary[self.summary["chosen"]]
-        shown = shown.sort_values(
-            "role", key=lambda role: role.map({"run": 0, "control": 1, "baseline": 2}), kind="stable"
-        )
-        columns = [name for name in ("rank", "settings") if shown[name].replace("", None).notna().any()]
-        for row in shown.to_dict("records"):
-            percent = 100 * row["trainable"] / row["total"]
-            trains = (
-                Cell(f"{row['trainable']:,.0f} ({percent:.3g} %)", row["trainable"])
-                if percent == percent
-                else Cell.of(None)
-            )
-            rows.append((
+        return shown.sort_values("role", key=lambda role: role.map(order), kind="stable")
+
+    def _table(self) -> Table:
+        named = {"rank": "rank", "settings": "further settings"}
+        columns = [name for name in named if self._shown[name].replace("", None).notna().any()]
+        rows = tuple(
+            (
                 Cell(row["name"]), *(Cell.of(row[name] or None) for name in columns),
-                Cell(f"{row['lr']:g}", row["lr"]) if row["lr"] == row["lr"] else Cell.of(None),
-                Cell.of(row["batch_size"]),
-                Cell.score(_score(row)), Cell.of(row["seed_sd"]), Cell.of(row["valid_score"]), Cell.of(row["seeds"]),
-                trains, _known(Cell.size, row["adapter_bytes"]), _known(Cell.size, row["memory_bytes"]),
-                _known(Cell.duration, row["seconds"]), _known(Cell.duration, row["seconds_per_epoch"]),
-                Cell(f"{row['merged_difference']:.0e}", row["merged_difference"])
-                if row["merged_difference"] == row["merged_difference"] else Cell.of(None),
+                _known(lambda lr: Cell(f"{lr:g}", lr), row["lr"]), Cell.of(row["batch_size"]), Cell.score(_score(row)),
+                Cell.of(row["seed_sd"]), Cell.of(row["valid_score"]), Cell.of(row["seeds"]),
+            )
+            for row in self._shown.to_dict("records")
+        )  # fmt: skip
+        caption = "Methods in their chosen settings, then random weights and baselines. 95 % intervals in brackets."
+        head = ("method", *(named[name] for name in columns), "learning rate", "batch", f"{self.metric}, test")
+        return Table(caption, (*head, "sd of seeds", f"{self.metric}, validation", "seeds"), rows)
+
+    def _costs(self) -> Table:
+        rows = []
+        for row in self._shown[self._shown["role"] != "baseline"].to_dict("records"):
+            percent = 100 * row["trainable"] / row["total"]
+            trains = _known(lambda share, count=row["trainable"]: Cell(f"{count:,.0f} ({share:.3g} %)", count), percent)  # type: ignore[misc]
+            rows.append((
+                Cell(row["name"]), trains, _known(Cell.size, row["adapter_bytes"]),
+                _known(Cell.size, row["memory_bytes"]), _known(Cell.duration, row["seconds"]),
+                _known(Cell.duration, row["seconds_per_epoch"]),
+                _known(lambda change: Cell(f"{change:.0e}", change), row["merged_difference"]),
             ))  # fmt: skip
         how = " and ".join(filter(None, self.results["memory_how"].unique()))
         caption = (
-            "Methods in their chosen settings, then random weights and baselines. 95 % intervals in brackets; "
-            f"memory: {how}; merged: the largest relative change of the trunk's output when the adapter is folded into "
-            "its weights."
+            f"What the chosen settings cost. Memory: {how}. Merged: the largest relative change of the trunk's output "
+            "when the adapter is folded into its weights."
         )
-        named = {"rank": "rank", "settings": "further settings"}
-        head = (
-            "method",
-            *(named[name] for name in columns),
-            "learning rate",
-            "batch",
-            f"{self.metric}, test",
-            "sd of seeds",
-        )
-        head += (
-            f"{self.metric}, validation",
-            "seeds",
-            "trains",
-            "adapter file",
-            "memory",
-            "time",
-            "per epoch",
-            "merged",
-        )
+        head = ("method", "trains", "adapter file", "memory", "time", "time per epoch", "merged")
         return Table(caption, head, tuple(rows))
 
     def _tests(self) -> Iterator[Table]:
@@ -417,13 +410,16 @@ def _lead(results: pd.DataFrame, slices: Sequence[_Slice]) -> str:
     cells, done = results["cell"].nunique(), results[results["status"] == "done"]["cell"].nunique()
     trials = results[results["role"] == "trial"]["cell"].nunique()
     text = f"{done} of {cells} cells ended" + (f", {trials} of them trials of the search." if trials else ".")
-    for each in slices:
-        items, seeds = int(each.summary["n"].max()), int(each.chosen["seeds"].max())
-        text += f" {each.dataset}: {items:,} test items, {seeds} seed{'s' * (seeds != 1)} per setting."
-        if seeds == 1:
-            text += " With one seed, what differs between seeds is not in the intervals."
-        elif seeds < 5:
-            text += " With so few seeds, what differs between them is known roughly."
+    items = {str(each.dataset): int(each.summary["n"].max()) for each in slices}
+    text += f" Test items: {', '.join(f'{name} {count:,}' for name, count in items.items())}."
+    seeds = {str(each.dataset): int(each.chosen["seeds"].max()) for each in slices}
+    few = min(seeds.values(), default=0)
+    one = len(set(seeds.values())) == 1
+    text += f" Seeds per setting: {few if one else ', '.join(f'{name} {count}' for name, count in seeds.items())}."
+    if few == 1:
+        text += " With one seed, what differs between seeds is not in the intervals."
+    elif few < _MANY:
+        text += " With so few seeds, what differs between them is known roughly."
     return text
 
 

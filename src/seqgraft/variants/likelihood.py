@@ -25,6 +25,7 @@ from seqgraft.genome import Interval, Variant
 from seqgraft.models.masked import Hidden, MaskedModel, tokeniser_of
 from seqgraft.models.tokens import Blocks, Overlapping
 from seqgraft.predict import autocast
+from seqgraft.progress import steps
 from seqgraft.sample import Sample
 from seqgraft.sequence import Codes, encode, reverse_complement
 from seqgraft.variants.place import Layout
@@ -57,7 +58,7 @@ class LikelihoodScorer:
         """Scores of checked substitutions, in their order."""
         values = np.empty(len(variants))
         padded = 0
-        for first in range(0, len(variants), self.config.batch_size):
+        for first in steps(range(0, len(variants), self.config.batch_size)):
             some = variants[first : first + self.config.batch_size]
             starts = [self.layout.centred(variant) for variant in some]
             ends = [self.layout.genome.chroms[variant.chrom] for variant in some]

@@ -20,13 +20,13 @@ from seqgraft.genes import signal_table
 from seqgraft.genome import Variant
 from seqgraft.models.base import SequenceModel
 from seqgraft.plots import styled
-from seqgraft.progress import progress
+from seqgraft.progress import progress, steps
 from seqgraft.variants.marks import marks_of
 from seqgraft.variants.over import Window
 from seqgraft.variants.place import Layout
 from seqgraft.variants.score import VariantConfig, VariantScorer
 
-__all__ = ["Panels", "check_panels", "draw_panels"]
+__all__ = ["SHOWN", "Panels", "Profile", "check_panels", "draw_panels", "in_words", "profile_of"]
 
 SHOWN = 64  # bins around the variant
 MAX_ROWS = 24  # cell types
@@ -56,6 +56,36 @@ class Panels:
             raise ConfigError("figures of this format are not drawn", self.suffix, remedy=remedy)
         if self.top < 1:
             raise ConfigError("must be 1 or more", self.top, where="--top", remedy="Give a positive number")
+
+
+@dataclass(frozen=True, eq=False)
+class Profile:
+    """Predictions of both alleles around a variant.
+
+    Attributes:
+        start: of the first bin, 0-based.
+        reference, alternate: raw values ``(tracks, bins)``, the alternate's beside those of the reference.
+    """
+
+    start: int
+    reference: Floats
+    alternate: Floats
+
+
+def profile_of(scorers: Sequence[VariantScorer], layout: Layout, variant: Variant) -> Profile:
+    """64 bins around a variant, or all there are; the mean over ``scorers``, which read ``Window()``.
+
+    Raises:
+        ModelError: predictions that are not finite.
+    """
+    each = [next(scorer.profiles(variant)) for scorer in steps(scorers)]
+    first_base = each[0][0].start + layout.margin
+    shown = min(SHOWN, layout.bins)
+    at = (variant.position - 1 - first_base) // layout.bin_size - shown // 2
+    at = min(max(0, at), layout.bins - shown)
+    alleles = [ref for _, ref, _ in each], [alt for _, _, alt in each]
+    reference, alternate = (np.mean(parts, axis=0)[:, at : at + shown] for parts in alleles)
+    return Profile(first_base + at * layout.bin_size, reference, alternate)
 
 
 def check_panels(panels: Panels, layout: Layout, out: Path) -> None:
@@ -95,7 +125,7 @@ def draw_panels(
     scorers = [VariantScorer(model, layout, replace(config, over=Window())) for model in models]
     with new_folder(panels.folder) as building:
         for number, (variant, scores) in enumerate(progress(chosen, "Drawing variants")):
-            title = f"{_in_words(variant)}: {_finding(layout, config, scores)}"
+            title = f"{in_words(variant)}: {_finding(layout, config, scores)}"
             figure = variant_panel(_panel(scorers, layout, variant, title))
             name = re.sub(r"[^A-Za-z0-9_.-]+", "_", variant.id or str(variant)).strip("._")[:60]
             path = building / f"{number:04d}_{name}{panels.suffix}"
@@ -137,7 +167,8 @@ def _size(values: Floats) -> float:
     return float(np.nanmax(np.abs(values), initial=-1.0))
 
 
-def _in_words(variant: Variant) -> str:
+def in_words(variant: Variant) -> str:
+    """A variant with its name, long alleles shortened."""
     ref, alt = (text if len(text) <= 10 else f"{text[:8]}… ({len(text)} bases)" for text in (variant.ref, variant.alt))
     name = f"{variant.id}, " if variant.id not in ("", ".") else ""
     return f"{name}{variant.chrom}:{variant.position:,} {ref}>{alt}"
@@ -159,31 +190,24 @@ def _finding(layout: Layout, config: VariantConfig, scores: Floats) -> str:
 
 
 def _panel(scorers: Sequence[VariantScorer], layout: Layout, variant: Variant, title: str) -> VariantPanel:
-    each = [next(scorer.profiles(variant)) for scorer in scorers]
-    site = each[0][0]
-    first_base = site.start + layout.margin
-    shown = min(SHOWN, layout.bins)
-    at = (variant.position - 1 - first_base) // layout.bin_size - shown // 2
-    at = min(max(0, at), layout.bins - shown)
-    alleles = [ref for _, ref, _ in each], [alt for _, _, alt in each]
-    reference, alternate = (np.mean(parts, axis=0)[:, at : at + shown] for parts in alleles)
+    profile = profile_of(scorers, layout, variant)
     signals = signal_table(layout.tracks)
     names = [condition or name for condition, name in zip(signals["condition"], signals["name"], strict=True)]
     rows, columns = list(dict.fromkeys(names)), list(dict.fromkeys(signals["group"]))
     stranded = bool((signals["plus"] != signals["minus"]).any())
-    shape = (len(rows), len(columns), 1 + stranded, shown)
+    shape = (len(rows), len(columns), 1 + stranded, profile.reference.shape[-1])
     both = [np.full(shape, np.nan), np.full(shape, np.nan)]
     for row, column in np.ndindex(len(rows), len(columns)):
         own = signals[(np.array(names) == rows[row]) & (signals["group"] == columns[column]).to_numpy()]
         for strand, side in enumerate(("plus", "minus")[: 1 + stranded]):
             places = own.loc[own["plus"] != own["minus"], side] if strand else own[side]
             if len(places):
-                for into, values in zip(both, (reference, alternate), strict=True):
+                for into, values in zip(both, (profile.reference, profile.alternate), strict=True):
                     into[row, column, strand] = values[places.to_numpy()].mean(axis=0)
     return VariantPanel(
         title=title,
         chrom=variant.chrom,
-        start=first_base + at * layout.bin_size,
+        start=profile.start,
         bin_size=layout.bin_size,
         changed=(variant.position - 1, variant.position - 1 + len(variant.ref)),
         rows=rows[:MAX_ROWS],

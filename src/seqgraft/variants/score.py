@@ -23,6 +23,7 @@ from seqgraft.genome import Interval, Variant
 from seqgraft.local import Recompute
 from seqgraft.models.base import SequenceModel
 from seqgraft.predict import FORWARD_ONLY, Precision, autocast
+from seqgraft.progress import steps
 from seqgraft.sample import Sample
 from seqgraft.sequence import Codes, reverse_complement
 from seqgraft.tracks import unsquash
@@ -216,7 +217,7 @@ class VariantScorer:
         values = np.empty((len(jobs), len(self.config.scorers), len(self.columns)), dtype=np.float32)
         jobs.sort(key=lambda job: (*job.window, job.site.bins, job.variant.position))
         size = self.config.batch_size
-        for start in range(0, len(jobs), size):
+        for start in steps(range(0, len(jobs), size)):
             batch = jobs[start : start + size]
             values[[job.index for job in batch]] = self._score(batch)
         lengths, window = self.layout.genome.chroms, self.layout.window

@@ -38,7 +38,7 @@ from seqgraft.errors import ConfigError, DataError, RunError, SeqgraftError
 from seqgraft.genome import Variant, vcf_text, write_vcf
 from seqgraft.models.base import SequenceModel
 from seqgraft.models.masked import MaskedModel
-from seqgraft.progress import progress
+from seqgraft.progress import progress, steps
 from seqgraft.variants.alleles import AlleleCheck, Checked, check_vcf
 from seqgraft.variants.likelihood import LikelihoodScorer
 from seqgraft.variants.marks import Mark, marks_of
@@ -445,7 +445,7 @@ def score_vcf(
         chunks = _chunks(checked.variants(records), chunk)
         for number, variants in enumerate(progress(chunks, "variants", total=count)):
             if not parts.has(number):
-                scores = _averaged([each([v.variant for v in variants]) for each in scorers])
+                scores = _averaged([each([v.variant for v in variants]) for each in steps(scorers)])
                 percentiles = calibration.percentiles([v.variant for v in variants], scores) if calibration else None
                 unread = len(variants) - len(np.unique(scores.variant))
                 counts = {"padded": scores.padded * len(labels), "unread": unread}
