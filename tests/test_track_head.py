@@ -97,7 +97,10 @@ def test_a_run_trains_it_beside_the_untrained_one(cohort: Dataset, tmp_path: Pat
     run = open_run(tmp_path / "run")
     own, first = (model.heads["track_expression"].state_dict() for model in (run.model, start))
     assert {name for name in own if not torch.equal(own[name], first[name])} >= {"out.weight", "out.bias", "scale"}
-    found = evaluate_run(tmp_path / "run").metrics.set_index(["model", "fold", "metric"])["value"]
+    evaluation = evaluate_run(tmp_path / "run")
+    r2 = evaluation.genes.groupby("model")["r2_within_genes"].count()
+    assert r2["pretrained track"] == 0 < r2[experiment.adapter.label]  # its sums are no z-scores
+    found = evaluation.metrics.set_index(["model", "fold", "metric"])["value"]
     for name in ("pretrained track", experiment.adapter.label):
         assert np.isfinite(found[name, "test", "pearson_within_genes"])
 

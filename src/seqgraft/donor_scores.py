@@ -191,7 +191,7 @@ def _of_fold(dataset: Dataset, fold: str, predictions: Mapping[str, Floats]) -> 
     for name, values in predictions.items():
         predicted = values[rows]
         ranks = [pd.Series(v).groupby(gene).rank().to_numpy(np.float64) for v in (truth, predicted)]
-        r2 = _r2_within(truth, predicted, gene)
+        r2 = np.full(len(numbers), np.nan) if name == _UNTUNED else _r2_within(truth, predicted, gene)  # another unit
         effects = [_effect(carried[gene == g], truth[gene == g], predicted[gene == g]) for g in numbers]
         table = pd.DataFrame(
             {
@@ -251,7 +251,7 @@ def _summary(
     note = ""
     if name in linear:
         note = {"unseen_genes": _IN_SAMPLE, "unseen_both": _FITTED}.get(fold, "")
-    metrics = [metric for metric in _METRICS if metric != "r2_within_genes" or name != _UNTUNED]  # of another unit
+    metrics = [metric for metric in _METRICS if metric != "r2_within_genes" or name != _UNTUNED]
     found = bootstrap_of_means(genes[metrics].to_numpy(np.float64), blocks, draws=config.draws)
     rows = [
         _row(name, fold, metric, (found.value[i], found.low[i], found.high[i]), len(genes), note)

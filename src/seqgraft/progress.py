@@ -30,7 +30,7 @@ _LISTENER: ContextVar[_Listener | None] = ContextVar("_LISTENER", default=None)
 
 @contextmanager
 def listening(hear: Callable[[float], None]) -> Iterator[None]:
-    """Calls ``hear`` with the share that is done, 0 to 1, before each step of the loops within; it may raise to end them.
+    """Calls ``hear`` with the share that is done, 0 to 1, before each step of the loops within; it may raise to stop.
 
     Loops count that run in this thread over :func:`steps` or :func:`progress`; one inside another fills its step.
     """
