@@ -244,6 +244,5 @@ def _chroms(run: RunFiles) -> object:
 def _more(run: str, *, placed: bool) -> str:
     regions = "regions.bed" if placed else "sequences.fa"
     variants = f"seqgraft variants {run} variants.vcf {run}/{VARIANTS}/all.parquet\n" if placed else ""
-    folders = " ".join(f"{run}/{name}" for name in ((VARIANTS,) * placed + (ATTRIBUTIONS,)))
     logos = f"seqgraft attribute {run} {regions} {run}/{ATTRIBUTIONS}/all.npz\n"
-    return f"mkdir -p {folders}\n{variants}{logos}seqgraft report {run}"
+    return f"{variants}{logos}seqgraft report {run}"
