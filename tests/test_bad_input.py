@@ -531,7 +531,7 @@ CASES = [
     ),
     Case("wrong type", 2, lambda f: f.experiment(train={"epochs": "many"}), "train.epochs", "'many'", "a whole number"),
     Case("missing key", 2, lambda f: f.coverage(without="window"), "data.yaml", "'window'", "Add a line"),
-    Case("not a mapping", 2, _yaml("- data\n"), "experiment.yaml", "'list'", "Write lines"),
+    Case("not a mapping", 2, _yaml("- data\n"), "experiment.yaml", "a list", "Write lines"),
     Case("not yaml", 2, _yaml("data: [a\nmodel: b\n"), "experiment.yaml", "line 2", "brackets"),
     Case("a key twice", 2, _yaml("data: a\ndata: b\n"), "experiment.yaml line 2", "'data'", "Keep one"),
     Case("no yaml", 2, lambda f: ["plan", str(f / "none.yaml")], "none.yaml", "does not exist", "Check the path"),

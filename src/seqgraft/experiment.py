@@ -62,11 +62,11 @@ class Experiment:
     model: ModelConfig = field(default_factory=ModelConfig)
     adapter: Adapter = field(default_factory=LinearProbe)
     loss: Loss | PairLoss | MaskedTokens | Mapping[str, Loss | PairLoss] | None = None
+    loss_weights: Mapping[str, float] = field(default_factory=dict)
     train: TrainConfig = field(default_factory=TrainConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
-    allow_exposure: bool = False
-    loss_weights: Mapping[str, float] = field(default_factory=dict)
     joint: JointConfig | None = None
+    allow_exposure: bool = False
 
 
 def read_yaml(path: Path | None, overrides: Sequence[str] = ()) -> dict[str, Any]:
