@@ -210,6 +210,16 @@ def test_forgetting_is_a_panel_of_its_own(tmp_path: Path) -> None:
     assert any(label.startswith("Original tracks of the trunk: Pearson 0.63") for label in labels)
 
 
+def test_what_is_said_of_a_score_stands_above_it(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    frame = metrics("LoRA(rank=8)", 0.54)
+    frame.loc[frame["model"] == "mean track", "note"] = "fitted to these very genes"
+    frame.to_parquet(run / "evaluation" / "metrics.parquet")
+    assert "in brackets. Mean track: fitted to these very genes." in write_report(run).read_text()
+    frame.assign(note="rough interval, from 8 blocks").to_parquet(run / "evaluation" / "metrics.parquet")
+    assert "in brackets. Rough interval, from 8 blocks." in write_report(run).read_text()
+
+
 def test_an_interrupted_run_says_what_is_missing(tmp_path: Path) -> None:
     run = tmp_path / "run"
     run.mkdir()

@@ -194,6 +194,9 @@ def _summary(run: RunFiles, scores: Scores, keys: list[Key], *, several: bool) -
     if first.about:
         compared = "the tracks that the trunk was pretrained on, before and after adaptation"
     caption = f"Fold {place}: {compared}; {what}{scale}; 95 % bootstrap intervals in brackets."
+    for note, of in scores.notes(first).items():
+        about = "" if set(of) >= set(models) else f"{', '.join(map(words, of))}: "
+        caption += f" {_capital(about + note)}."
     heads = (f"{key.column_of('squashed')}{f', {key.group}' if key.about and key.group else ''}" for key in keys)
     return Table(caption, ("model", *heads), rows, frozenset([0]))
 

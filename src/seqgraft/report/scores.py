@@ -186,6 +186,14 @@ class Scores:
         found = {other: self.get(other, key) for other in self.models if other != model}
         return {other: score for other, score in found.items() if score is not None}
 
+    def notes(self, key: Key) -> Mapping[str, list[str]]:
+        """What is said of models in a measure -> their names, such as that a baseline has seen what it is tested on."""
+        found: dict[str, list[str]] = {}
+        for model, note in self.rows(key)[["model", "note"]].drop_duplicates().itertuples(index=False, name=None):
+            if note and ORIGINAL not in note:
+                found.setdefault(note, []).append(model)
+        return found
+
     def rows(self, key: Key) -> pd.DataFrame:
         """The rows of one measure: every model, every track and the mean."""
         keep = self._about == key.about
