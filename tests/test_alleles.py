@@ -83,7 +83,7 @@ def test_every_reason(row: tuple[str, int, str, str], reason: str, genome: Genom
     listed = pd.read_csv(tmp_path / "in.skipped.tsv", sep="\t", keep_default_na=False)
     assert listed.iloc[0].tolist() == [len(GOOD) + 1, *row, f"v{len(GOOD) + 1}", reason]
     assert [(v.variant.chrom, v.variant.position, v.variant.ref, v.variant.alt) for v in found.variants()] == GOOD
-    with pytest.raises(DataError, match=r"only 24 of 25 variants can be scored \(1 .*in.skipped.tsv.*allow_skipped"):
+    with pytest.raises(DataError, match=r"only 24 of 25 variants can be scored \(1: .*in.skipped.tsv.*allow_skipped"):
         check(genome, path, allow=False)
 
 

@@ -486,7 +486,7 @@ def test_the_command_writes_attributions_and_figures(
     assert seqgraft(monkeypatch, "attribute", runs / "coverage", bed, out, "--plots", plots, *settings) == 0
     said = capsys.readouterr().out
     assert "2 regions, explaining rna+, rna- - atac." in said
-    assert "1 windows reach beyond their contig" in said
+    assert "With bases beyond the end of a contig, where the model saw N: 1 window." in said
     assert "Computed for each alternate: stem" in said
     made = Attributions.load(out)
     assert made.hypothetical.shape == (2, 1, 4, 24)

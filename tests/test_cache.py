@@ -585,7 +585,7 @@ def test_auto(coverage: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
     assert kept.size == 20 * 4 * (16 * 8 + 16 * 16)
     assert kept.saved == pytest.approx(2 / 3)
     assert choice_of(coverage, precision="bf16").storage == "float16"
-    assert "not pay within 1 epochs" in choice_of(coverage, epochs=1).reason  # nothing is seen twice
+    assert "not pay within 1 epoch of" in choice_of(coverage, epochs=1).reason  # nothing is seen twice
     assert "above train.cache_gb" in choice_of(coverage, cache_gb=1e-6).reason
     assert choice_of(coverage, FullFineTune()).reason == "the first stage, stem, trains"
     assert choice_of(coverage, before="off").reason == "the run began without"

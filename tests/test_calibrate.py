@@ -252,6 +252,6 @@ def test_the_commands(root: Path, tmp_path: Path) -> None:
     (tmp_path / "r.bed").write_text("chr1\t300\t400\n")
     arguments = ["screen", str(tmp_path / "run"), str(tmp_path / "r.bed"), str(tmp_path / "s.parquet"), "--top", "5"]
     screened = call(app, [*arguments, "--set", "sample=20"], catch_exceptions=False)
-    assert "300 SNVs were scored to first order in 1 windows" in screened.output
+    assert "300 SNVs were scored to first order in 1 window;" in screened.output
     assert "atac: on 20 random SNVs, Spearman with the exact scores is" in screened.output
     assert len(pd.read_parquet(tmp_path / "s.exact.parquet")) == 20 + 2 * 5

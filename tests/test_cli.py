@@ -15,6 +15,7 @@ import pytest
 import yaml
 
 from builders import SETTINGS, tiny_pretrained
+from seqgraft import __version__
 from seqgraft.__main__ import main
 from seqgraft.adapters import LinearProbe
 from seqgraft.bigwig import runs as runs_of
@@ -97,6 +98,10 @@ def test_help_of_each_command(command: str, seqgraft: Command) -> None:
     assert command in shown
     assert "Usage" in shown
     assert "Traceback" not in shown
+
+
+def test_version(seqgraft: Command) -> None:
+    assert done(seqgraft("--version")) == f"seqgraft {__version__}\n"
 
 
 def test_wrong_use_is_no_traceback(seqgraft: Command) -> None:

@@ -327,8 +327,12 @@ def test_a_header_without_contigs_is_no_matter(tmp_path: Path, capfd: pytest.Cap
 def test_bad_vcf(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="does not exist"):
         list(read_vcf(tmp_path / "none.vcf"))
-    with pytest.raises(DataError, match="It may be truncated or not VCF"):
+    with pytest.raises(
+        DataError, match=r"text.vcf: .*cannot be read \(no header of VCF\)\. It may be truncated or not VCF"
+    ):
         list(read_vcf(write(tmp_path / "text.vcf", "chr1\t5\n")))
+    with pytest.raises(DataError, match="the VCF file is empty, without even a header"):
+        list(read_vcf(write(tmp_path / "zero.vcf", "")))
     broken = HEADER + "chr1\t5\t.\tA\tC\t.\t.\t.\nchr1\tx\t.\tA\tC\t.\t.\t.\n"
     (tmp_path / "plain.vcf.gz").write_bytes(gzip.compress((HEADER + "chr1\t5\t.\tA\tC\t.\t.\t.\n").encode()))
     with pytest.raises(DataError, match=r"gzipped, but not with bgzip\. .*compress it with bgzip"):

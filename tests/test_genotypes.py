@@ -215,6 +215,8 @@ CASES = {
     "nobody carries it": Case([SNV, (5, "T", "A", "0|0 0|0")], {"uncarried": 1}),
     "nobody carries any": Case([(5, "T", "A", "0|0 0|0")], error="no donor carries a variant"),
     "no variation": Case([SNV, (5, "T", ".", "0|0 0|0")]),
+    "an allele beyond counting": Case([(5, "T", "A", "70000|0 0|0")], error="this is no genotype: '70000|0'"),
+    "slots beyond counting": Case([(5, "T", "A", "|".join("0" * 200) + " 0|0")], error="this is no genotype: '0|0"),
     "no genotype": Case([(5, "T", "A", "x 0|0")], error="this is no genotype: 'x'"),
     "a donor twice": Case([SNV], donors="a a", error="a donor is there twice: 'a'"),
     "a donor asked for twice": Case([SNV], options={"donors": ["a", "a"]}, error="donors: a donor is there twice"),

@@ -162,6 +162,14 @@ def test_a_sample_holds_each_distinct_haplotype_once(cohort: Dataset) -> None:
     assert sample.codes[which][WINDOW // 2] == cohort.genome.codes(window)[WINDOW // 2]  # the start stays where it is
 
 
+def test_what_names_the_sequences_knows_how_long_deletions_are(cohort: Dataset) -> None:
+    donors = cohort.donors
+    assert donors is not None
+    longer = replace(donors.genotypes, ref_length=donors.genotypes.ref_length + 1)
+    assert replace(donors).identity == donors.identity
+    assert replace(donors, genotypes=longer).identity != donors.identity
+
+
 def test_views_move_and_turn_the_same_haplotypes(cohort: Dataset) -> None:
     rows = cohort.rows("train")[:3]
     plain, moved = cohort.sample(rows), cohort.sample(rows, [View(True, 5), FORWARD, View(False, -2)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import xml.etree.ElementTree as ElementTree
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -88,6 +89,16 @@ def test_many_tracks_show_the_best_and_the_worst_and_say_so() -> None:
     assert {"t99", "t0"} <= set(labels)
     assert "12 best and 12 worst of 100 tracks" in figure.axes[0].get_xlabel()
     assert inside(figure)
+
+
+def test_long_numbers_on_an_axis_stand_apart() -> None:
+    frame = scores(["a", "a_track_with_a_long_name"])
+    frame[["value", "low", "high"]] = 0.9994 + frame[["value", "low", "high"]] / 2000
+    figure = metric_dots(frame, title="", xlabel="", highlight="LoRA")
+    figure.draw_without_rendering()
+    boxes = [label.get_window_extent() for label in figure.axes[0].get_xticklabels() if label.get_text()]
+    assert len(boxes) > 1
+    assert all(left.x1 < right.x0 for left, right in pairwise(sorted(boxes, key=lambda box: box.x0)))
 
 
 def test_undefined_scores_and_intervals_leave_gaps() -> None:

@@ -195,6 +195,31 @@ def test_a_smaller_error_is_better(tmp_path: Path) -> None:
     assert title.endswith("; the best baseline, nearest pretrained track, 0.30")
 
 
+def test_without_intervals_none_are_claimed(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "runs" / "run")
+    assert "no intervals" not in write_report(run).read_text()
+    frame = metrics("LoRA(rank=8)", 0.54).assign(low=np.nan, high=np.nan)
+    frame.to_parquet(run / "evaluation" / "metrics.parquet")
+    make_run(tmp_path / "runs" / "twin")
+    frame.to_parquet(tmp_path / "runs" / "twin" / "evaluation" / "metrics.parquet")
+    for folder in (run, tmp_path / "runs"):
+        text = write_report(folder).read_text()
+        assert "o intervals: too few test rows are independent of each other." in text
+        assert "95 % bootstrap intervals" not in text
+        assert "intervals in brackets" not in text
+
+
+def test_a_pulled_run_is_not_sent_back_to_training(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    for name in ("environment.json", "log.csv", "evaluation/metrics.parquet"):
+        (run / name).unlink()
+    assert "--resume" in write_report(run).read_text()
+    (run / "README.md").write_text("# a card")
+    text = write_report(run).read_text()
+    assert "The run was pulled: README.md, its card, has its data, training and scores." in text
+    assert "--resume" not in text
+
+
 def test_forgetting_is_a_panel_of_its_own(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run")
     frame = metrics("LoRA(rank=8)", 0.54)

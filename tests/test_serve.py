@@ -6,6 +6,7 @@ import gzip
 import io
 import json
 import re
+import socket
 import sys
 import tempfile
 import threading
@@ -29,13 +30,13 @@ from seqgraft.cli import app as cli
 from seqgraft.data.dataset import DatasetInfo, write_dataset
 from seqgraft.errors import ConfigError, DataError, RunError
 from seqgraft.experiment import parse_experiment
-from seqgraft.genome import Genome
+from seqgraft.genome import Genome, Interval
 from seqgraft.progress import listening, progress, steps
 from seqgraft.run import Run, calibrate_run, fit_run, open_run, predict_run
 from seqgraft.sequence import decode
 from seqgraft.serve import Served, serve_run
 from seqgraft.serve.app import ANY_ADDRESS, make_app
-from seqgraft.serve.asked import REMEDIES, Limits, plain_text, read_region, read_variants
+from seqgraft.serve.asked import REMEDIES, Choice, Limits, plain_text, read_region, read_variants
 from seqgraft.serve.jobs import BusyError, Job, Queue, Rate
 from seqgraft.tracks import TrackTable
 from seqgraft.variants import VariantConfig
@@ -282,6 +283,8 @@ def test_a_region_is_predicted_as_by_the_command(
     table = pd.read_parquet(tmp_path / "r.parquet")
     inside = table[(table["start"] < 1100) & (table["end"] > 1000)]
     expected = inside.groupby("track")["value"].sum()
+    signal = served.region(Interval("chr1", 1000, 1100), Choice())
+    assert signal.reference.base is None  # what is kept is what is counted
     ranked = client.get(f"/jobs/{made['id']}/ranked").json()
     assert {entry["name"]: entry["value"] for entry in ranked["ranked"]} == pytest.approx(expected.to_dict(), rel=1e-6)
     assert ranked["title"] == f"chr1:1,001-1,100: most predicted signal in {expected.idxmax()}"
@@ -797,6 +800,7 @@ def test_the_command_listens_and_says_where(runs: Path, monkeypatch: pytest.Monk
     assert address == f"http://127.0.0.1:{port}"
     assert f"is at {address} (Ctrl-C" in result.output
     assert "Whoever" not in result.output
+    assert not config.proxy_headers  # or a client could be another at every request
     with TestClient(config.app, base_url=address) as client:
         about = client.get("/about").json()
         assert (about["replicates"], about["chosen"]["over"]) == (1, "window")
@@ -826,9 +830,27 @@ def test_guide(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
     assert capsys.readouterr().out.startswith(f"done {variants}\nchrom\tposition")
 
 
-def test_a_port_that_is_taken(runs: Path) -> None:
-    import socket
+@pytest.mark.parametrize(("host", "at"), [("::", "::1"), ("0:0:0:0:0:0:0:1", "::1")])
+def test_addresses_of_version_6(runs: Path, monkeypatch: pytest.MonkeyPatch, host: str, at: str) -> None:
+    try:
+        socket.create_server((at, 0), family=socket.AF_INET6).close()
+    except OSError:
+        pytest.skip("this machine has no IPv6")
+    asked: list[str] = []
 
+    def run(server: uvicorn.Server, sockets: Any) -> None:
+        socket.create_connection((at, sockets[0].getsockname()[1]), timeout=5).close()
+        address = asked[-1].partition(" is at ")[2].partition(" ")[0]
+        with TestClient(server.config.app, base_url=address) as client:
+            assert client.get("/about").status_code == 200
+
+    monkeypatch.setattr(uvicorn.Server, "run", run)
+    serve_run(runs / "run", host=host, port=0, tell=asked.append)
+    assert f"http://[{at}]:" in asked[-1]
+    assert ("Whoever can reach" in asked[0]) == (host == "::")
+
+
+def test_a_port_that_is_taken(runs: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(RunError, match="Choose another --port"):
         serve_run(runs / "run", port=taken.getsockname()[1])
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import resource
 import shlex
 import sys
 import typing
@@ -18,6 +19,7 @@ import pytest
 import torch
 from huggingface_hub import ModelCard, constants
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from builders import LANGUAGE, SETTINGS, tiny_coverage, tiny_labels, tiny_pretrained
 from hub_stub import COMMIT, Hub, serve_hub
@@ -27,6 +29,7 @@ from seqgraft.errors import ConfigError, DataError, ModelError, RunError, Seqgra
 from seqgraft.experiment import Experiment, parse_experiment, parse_source
 from seqgraft.genome import Genome, Interval
 from seqgraft.joint import JointConfig
+from seqgraft.models.dryrun import shapes_alone
 from seqgraft.run import embed_run, evaluate_run, export_run, fit_run, open_run, predict_run, score_run, trained_windows
 from seqgraft.sequence import decode
 from seqgraft.share import FILES, MARKER, Pulled, pull, push
@@ -404,6 +407,7 @@ def test_pulling_from_the_hub_is_refused(made: Path, tmp_path: Path, hub: Hub) -
         ("lab/labels@main", "names no commit"),
         ("lab@" + COMMIT, "names no commit"),
         ("lab/none@" + COMMIT, "could not be asked"),
+        ("lab/labels@" + "d" * 40, "has no such commit"),  # the hub answers with another
         ("nowhere", "holds no shared adapter"),
     ):
         with pytest.raises(SeqgraftError, match=message):
@@ -450,6 +454,9 @@ def _inputs(**values: object) -> Callable[[dict[str, Any]], object]:
         (MARKER, lambda c: c.update(base=[]), r"base\.name"),
         (MARKER, _inputs(window="256"), r"inputs\.window"),
         (MARKER, _inputs(bins=-1), "'inputs'"),
+        (MARKER, _inputs(window=10**12), "'inputs'"),
+        (MARKER, _inputs(covariates=[["a"]]), r"'inputs\.covariates'"),
+        (MARKER, lambda c: c["experiment"].update(joint={"data": "/etc"}), r"'experiment\.joint'"),
         (MARKER, _inputs(tracks=[1]), "track table is damaged"),
         (MARKER, _inputs(tracks=[{"name": "a"}]), "tracks differ"),
         (MARKER, _inputs(tracks=[]), "tracks|heads|tensor"),
@@ -459,11 +466,14 @@ def _inputs(**values: object) -> Callable[[dict[str, Any]], object]:
         (MARKER, lambda c: c["experiment"]["model"].update(remote_code="a" * 40), "--remote-code"),
         ("adapter.json", lambda c: c.clear(), "does not describe an adapter"),
         ("adapter.json", lambda c: c.update(kind="evil"), "no adapter of this kind"),
-        ("adapter.json", lambda c: c.update(settings={"rank": 2, "run": 1}), "cannot be made"),
+        ("adapter.json", lambda c: c.update(settings={"rank": 2, "run": 1}), "no such key: 'run'"),
+        ("adapter.json", lambda c: c["settings"].update(last="x"), "adapter.json: last"),
+        ("adapter.json", lambda c: c["settings"].update(where=[["attention"]]), "adapter.json: where"),
         ("adapter.json", lambda c: c.update(settings=[1]), "entries"),
         ("adapter.json", lambda c: c.update(base="x"), "entries"),
         ("adapter.json", lambda c: c.update(tracks=[1]), "entries|damaged"),
         ("adapter.json", lambda c: c["settings"].update(rank=3), "another shape"),
+        ("adapter.json", lambda c: c["settings"].update(rank=10**7), "larger than any size of the adapter's tensors"),
     ],
 )
 def test_spoilt_descriptions(
@@ -499,8 +509,38 @@ def test_spoilt_files(made: Path, shared: Path, tmp_path: Path, monkeypatch: pyt
     monkeypatch.setitem(FILES, "README.md", 10)
     refused("README.md has more bytes than one of its kind may have, 10")
     monkeypatch.undo()
-    (shared / MARKER).write_text("[" * 100_000)
-    refused("not valid JSON")
+    for text in ("[" * 100_000, "1" * 5000):
+        (shared / MARKER).write_text(text)
+        refused("not valid JSON")
+
+
+def test_settings_cannot_ask_for_a_model_of_any_size(made: Path, tmp_path: Path) -> None:
+    push(made / "labels", to=tmp_path / "shared")
+    _edit(tmp_path / "shared" / MARKER, lambda c: c["experiment"]["model"]["settings"].update(channels=2**20))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(ModelError, match=r"more than 1,000,\d+,\d+ numbers"):
+        pull(str(tmp_path / "shared"), tmp_path / "pulled")
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**20  # kB
+    assert not (tmp_path / "pulled").exists()
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: nn.Linear(2**40, 2**10), "more than 1,000 numbers"),
+        (lambda: nn.BatchNorm1d(400), "more than 1,000 numbers"),  # with its statistics
+        (lambda: [nn.ParameterList([torch.zeros(0)]) for _ in range(200_000)], "100,000 tensors"),
+        (lambda: nn.Linear(-4, 4), "no model can be built"),
+        (lambda: nn.Linear(2**80, 4), "no model can be built"),
+        (lambda: nn.Linear(4 // 0, 4), "no model can be built"),
+    ],
+)
+def test_modules_of_shapes_alone(build: Callable[[], object], message: str) -> None:
+    with pytest.raises(ModelError, match=message), shapes_alone(1000, "here"):
+        build()
+    with shapes_alone(20, "here"):
+        assert nn.Linear(4, 4).weight.is_meta
+    assert not nn.Linear(40, 4).weight.is_meta
 
 
 def test_what_is_not_known_is_not_copied(made: Path, shared: Path, tmp_path: Path) -> None:

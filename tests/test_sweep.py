@@ -658,7 +658,7 @@ def test_the_guide(
             main()
         assert not ended.value.code
     said = capsys.readouterr().out
-    assert "cells     at most 4 (4 combinations, 1 seed, 1 trials of each (random))" in said
+    assert "cells     at most 4 (4 combinations, 1 seed, 1 trial of each (random))" in said
     assert "5 cells were run, 0 were there already, 0 failed." in said
     assert Path("runs/sweep/report.html").is_file()
     write_yaml(Path("sweep.yaml"), read_yaml(Path("sweep.yaml"), smaller))

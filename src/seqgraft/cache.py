@@ -49,7 +49,16 @@ from seqgraft.predict import Precision, autocast
 from seqgraft.sample import Sample
 from seqgraft.sequence import PAD
 
-__all__ = ["ActivationCache", "CacheMode", "CacheSettings", "Choice", "choose", "frozen_prefix", "views_of"]
+__all__ = [
+    "ActivationCache",
+    "CacheMode",
+    "CacheSettings",
+    "Choice",
+    "choose",
+    "frozen_prefix",
+    "size_in_words",
+    "views_of",
+]
 
 CacheMode = Literal["off", "auto", "float16", "float32"]
 
@@ -153,8 +162,18 @@ class Choice:
             divided = f"in {self.tiles:,} distinct tiles of {width} bp ({times:.3g}x less), "
         return (
             f"activations {where} as {self.storage}, {views} of a training region, {divided}"
-            f"at most {self.size / 2**30:.3g} GB; {self.saved:.0%} of these stages' runs are saved"
+            f"at most {size_in_words(self.size)}; {self.saved:.0%} of these stages' runs are saved"
         )
+
+
+def size_in_words(count: int) -> str:
+    """Bytes as "890.6 kB" and the like, in steps of 1024."""
+    value = float(count)
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if value < 1024:
+            return f"{value:.0f} {unit}" if unit == "bytes" else f"{value:.1f} {unit}"
+        value /= 1024
+    return f"{value:.1f} TB"
 
 
 # ---- where to cut ----
@@ -251,7 +270,7 @@ def choose(
         if choice.size > budget:
             raise ConfigError(
                 f"the activations of {len(rows)} regions in {views} views take more than train.cache_gb allows",
-                f"{choice.size / 2**30:.3g} GB",
+                size_in_words(choice.size),
                 where="train.cache",
                 remedy="Raise train.cache_gb, draw fewer views (train.augment), or use train.cache: off",
             )
@@ -262,7 +281,7 @@ def choose(
     fitting = [choice for choice in options if choice.size <= budget]
     if not fitting:
         least = min(choice.size for choice in options)
-        return Choice(None, reason=f"it would take {least / 2**30:.3g} GB in {views} views, above train.cache_gb")
+        return Choice(None, reason=f"it would take {size_in_words(least)} in {views} views, above train.cache_gb")
     write, read = _disk_speed(points[-1].row_bytes(storage))
 
     def gain(choice: Choice) -> float:
@@ -271,9 +290,10 @@ def choose(
 
     best = max(fitting, key=gain)
     if gain(best) < _LEAST_GAIN * best.seconds * runs:
-        return Choice(None, reason=f"it would not pay within {settings.epochs} epochs of {views} views", views=views)
+        epochs = f"{settings.epochs} epoch{'s' * (settings.epochs != 1)}"
+        return Choice(None, reason=f"it would not pay within {epochs} of {views} views", views=views)
     if shutil.disk_usage(_activations()).free < best.size:
-        return Choice(None, reason=f"the disk has no room for {best.size / 2**30:.3g} GB")
+        return Choice(None, reason=f"the disk has no room for {size_in_words(best.size)}")
     return best
 
 

@@ -34,6 +34,14 @@ def _say(text: str) -> None:
     typer.echo(text)
 
 
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'s' * (number != 1)}"
+
+
+def _were(number: int, noun: str) -> str:
+    return f"{_count(number, noun)} {'was' if number == 1 else 'were'}"
+
+
 def _parsed(kind: type[T], config: Path | None, settings: list[str] | None) -> T:
     """The settings of a command: its file, if there is one, and what --set says."""
     from seqgraft.experiment import build, read_yaml
@@ -50,6 +58,23 @@ def _card_text(path: Path | None) -> str:
     except (OSError, UnicodeDecodeError) as error:
         remedy = "Give a Markdown text file, or leave it out"
         raise ConfigError(f"the card cannot be read ({error})", where="--card", remedy=remedy) from error
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        from seqgraft import __version__
+
+        _say(f"seqgraft {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Options of no single command; the text of its help is the application's."""
 
 
 @app.command()
@@ -70,7 +95,7 @@ def simulate(
     folder: Annotated[Path, typer.Argument(help="New folder for the simulated files.")],
     settings: Settings = None,
 ) -> None:
-    """Write a simulated genome, tracks, genes and variants with known truth."""
+    """Write a simulated genome with tracks, genes and variants, or cells or donors, with known truth."""
     from seqgraft.data.simulate import Simulation
     from seqgraft.data.simulate import simulate as run
     from seqgraft.experiment import build, read_yaml
@@ -116,7 +141,7 @@ def retrack(
     from seqgraft.data.coverage import retrack_dataset
 
     dataset = retrack_dataset(folder, tracks)
-    _say(f"{folder}: {len(dataset.tracks)} tracks have the settings of {tracks}.")
+    _say(f"{folder}: {_count(len(dataset.tracks), 'track')} with the settings of {tracks}.")
 
 
 @app.command()
@@ -178,6 +203,8 @@ def evaluate(
 
     found = evaluate_run(folder, fold)
     _print_metrics(found.metrics)
+    if not found.metrics["low"].notna().any():
+        _say("There are no intervals: too few rows of the fold are independent of each other.")
     if found.genes is not None and "gene" in found.genes:  # of donors: a row for each gene and model
         _say(f"Scores gene by gene are in {folder / 'evaluation' / 'genes.parquet'}.")
     elif found.genes is not None:
@@ -245,16 +272,17 @@ def variants(
         raise ConfigError("only runs have replicates", [str(path) for path in replicate], where="--replicate")
     else:
         found = score_model(str(folder), genome, source, out, parsed, resume=resume, shard=part)
-    _say(f"{found.variants - found.unread} variants were scored. Computed for each: {found.in_words}.")
+    _say(f"{_were(found.variants - found.unread, 'variant')} scored. Computed for each: {found.in_words}.")
     if found.unread:
-        _say(f"{found.unread} more lie in the window of no gene or region, and have no row.")
+        _say(f"In the window of no gene or region, and without a row: {_count(found.unread, 'variant')}.")
     if found.padded:
         _say(f"In {found.padded} of {found.rows} rows the window reaches beyond its contig; the model saw N there.")
     for note in found.notes:
         _say(note)
     for reason, count in found.skipped.items():
-        _say(f"{count} variants of the file were skipped: {reason}.")
-    _say(f"The scores are in {found.files[0]}, the skipped variants in {found.files[-1]}.")
+        _say(f"{_were(count, 'variant')} skipped: {reason}.")
+    skipped = f"the skipped variants in {found.files[-1]}" if found.skipped else "no variant was skipped"
+    _say(f"The scores are in {found.files[0]}, {skipped}.")
     if plots is not None:
         _say(f"The figures are in {plots}: {len(list(plots.iterdir()))}.")
 
@@ -322,7 +350,7 @@ def calibrate(
     assert source is not None
     found = calibrate_run(folder, source, parsed, gtf=gtf, seed=seed, resume=resume)
     for reason, count in found.skipped.items():
-        _say(f"{count} background variants were skipped: {reason}.")
+        _say(f"{_were(count, 'background variant')} skipped: {reason}.")
     for name, count in found.small.items():
         _say(f"Stratum {name} has {count} background rows, too few: its variants are compared with all of their type.")
     _say(f"{found.variants} background variants in {len(found.strata)} strata: {found.path}.")
@@ -345,7 +373,10 @@ def screen(
 
     parsed = _parsed(ScreenConfig, config, settings)
     found = screen_run(folder, regions, out, parsed if top is None else replace(parsed, top=top))
-    _say(f"{found.snvs} SNVs were scored to first order in {found.windows} windows; {found.unknown} bases are unknown.")
+    _say(
+        f"{_were(found.snvs, 'SNV')} scored to first order in {_count(found.windows, 'window')}; "
+        f"unknown bases: {found.unknown}."
+    )
     for row in found.agreement.to_dict("records"):
         if row.get("n", 0) > 1:
             interval = f"{row['spearman']:.3f} ({row['low']:.3f} to {row['high']:.3f})"
@@ -372,11 +403,11 @@ def attribute(
 
     parsed = _parsed(AttributeConfig, config, settings)
     made = attribute_run(folder, source, out, parsed, plots=plots, suffix=f".{figures}")
-    _say(f"{len(made.found.regions)} regions, explaining {'; '.join(made.found.names)}.")
+    _say(f"{_count(len(made.found.regions), 'region')}, explaining {'; '.join(made.found.names)}.")
     if made.found.in_words:
         _say(f"Computed for each alternate: {made.found.in_words}.")
     if made.padded:
-        _say(f"{made.padded} windows reach beyond their contig; the model saw N there.")
+        _say(f"With bases beyond the end of a contig, where the model saw N: {_count(made.padded, 'window')}.")
     _say(f"The attributions are in {made.files[0]}.")
     if plots is not None:
         _say(f"The figures are in {plots}: {len(made.files) - 1}.")
@@ -633,9 +664,10 @@ def _print_metrics(table: pd.DataFrame) -> None:
     own = means[~original]
     leading = own.groupby(["group", "unit"], sort=False)["metric"].transform("first")
     for part in (own[own["metric"] == leading], means[original]):
+        wide = max((28, *part["model"].str.len()))
         for row in part.to_dict("records"):
             interval = f" ({row['low']:.3f} to {row['high']:.3f})" if row["low"] == row["low"] else ""
             note = f"  {row['note']}" if row["note"] else ""
             group = f"{row['group']:<10} " if part["group"].nunique() > 1 else ""
-            score = f"{group}{row['model']:<28} {row['metric']:>10} {row['value']:.3f}{interval}"
+            score = f"{group}{row['model']:<{wide}} {row['metric']:>10} {row['value']:.3f}{interval}"
             _say(f"{score}  {row['unit']}, fold {row['fold']}{note}")

@@ -133,7 +133,10 @@ def _parse(text: str, where: object) -> Any:
                 nodes += node.value
         return yaml.safe_load(text)
     except yaml.YAMLError as error:
-        what = f"this is not valid YAML ({' '.join(str(error).split())})"
+        told, mark = str(error), getattr(error, "problem_mark", None)
+        if mark is not None:  # the whole message repeats the text, and names no file
+            told = f"line {mark.line + 1}, column {mark.column + 1}: {getattr(error, 'problem', None) or told}"
+        what = f"this is not valid YAML ({' '.join(told.split())})"
         raise ConfigError(what, where=where, remedy="Check indentation, brackets and quotes there") from error
 
 
@@ -277,7 +280,7 @@ def _convert(hint: Any, value: object, where: str) -> Any:
         return TypeAdapter(hint, config={"arbitrary_types_allowed": True}).validate_python(value)
     except ValidationError as error:
         first = error.errors()[0]
-        reason = first["msg"].removeprefix("Value error, ").removeprefix("Input ")
+        reason = first["msg"].removeprefix("Value error, ").removeprefix("Input ").partition(", unable to parse")[0]
         remedy = f"Give {_in_words(options)}"
         if first["type"] == "tuple_type" and isinstance(value, str):
             remedy += f", as in [{value}]"

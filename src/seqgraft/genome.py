@@ -542,6 +542,8 @@ def read_vcf_rows(path: Path | str) -> Iterator[tuple[int, int, Variant]]:
     path = Path(path)
     if not path.is_file():
         raise DataError("the VCF file does not exist", where=path, remedy="Check the path")
+    if path.stat().st_size == 0:
+        raise DataError("the VCF file is empty, without even a header", where=path, remedy="Write it again")
     last = "its header"
     pysam.set_verbosity(1)  # htslib warns of headers without contigs, which changes nothing here
     try:
@@ -556,7 +558,8 @@ def read_vcf_rows(path: Path | str) -> Iterator[tuple[int, int, Variant]]:
         raise DataError("the VCF file is gzipped, but not with bgzip", where=path, remedy=remedy) from error
     except (OSError, ValueError) as error:
         remedy = f"It may be truncated or not VCF; look after {last}"
-        raise DataError(f"the VCF file cannot be read ({error})", where=path, remedy=remedy) from error
+        told = str(error) if "VCF/BCF format" not in str(error) else "no header of VCF"  # with the path as bytes
+        raise DataError(f"the VCF file cannot be read ({told})", where=path, remedy=remedy) from error
 
 
 def read_alignments(

@@ -15,7 +15,7 @@ import numpy.typing as npt
 import torch
 
 from seqgraft.adapters import Counts, adapt
-from seqgraft.cache import Choice
+from seqgraft.cache import Choice, size_in_words
 from seqgraft.data.dataset import Dataset
 from seqgraft.data.duplicates import duplicates_in_words
 from seqgraft.errors import ConfigError, RunError, SeqgraftError
@@ -141,7 +141,7 @@ def plan_run(experiment: Experiment, folder: Path | None = None, memory: int | N
         )
         problems.append(
             ConfigError(
-                f"the batch does not fit into {_size(memory)}",
+                f"the batch does not fit into {size_in_words(memory)}",
                 experiment.train.batch_size,
                 where="train.batch_size",
                 remedy=remedy,
@@ -156,6 +156,7 @@ def _describe(experiment: Experiment, dataset: Dataset, model: SequenceModel, co
     species = getattr(model.trunk, "settings", {}).get("species")
     duplicates = info.notes.get("duplicates") if isinstance(info.notes, dict) else None
     held = FrozenBytes.of(model)
+    quantised = f"frozen weights {size_in_words(held.now)}, {size_in_words(held.before)} before"
     return {
         "run": label_of(experiment),
         "data": dataset.in_words,
@@ -165,7 +166,7 @@ def _describe(experiment: Experiment, dataset: Dataset, model: SequenceModel, co
         + (f", licence {model.trunk.spec.licence}" if model.trunk.spec.licence else ""),
         "trains": f"{counts.trainable:,} of {counts.total:,} numbers ({trainable:.2%}): "
         f"adapter {counts.adapter:,}, head {counts.head:,}, trunk {counts.trunk:,}",
-        **({"quantised": f"frozen weights {_size(held.now)}, {_size(held.before)} before"} if held.quantised else {}),
+        **({"quantised": quantised} if held.quantised else {}),
         "stages": ", ".join(
             f"{name} ({'local' if stage.local else 'global'})" for name, stage in model.trunk.stages.items()
         ),
@@ -256,17 +257,18 @@ def _describe_cost(experiment: Experiment, dataset: Dataset, cost: Cost, memory:
     duration = "not measured: no step was run here, its memory was counted from shapes alone"
     if cost.seconds_per_row is not None:
         epoch = (len(dataset.rows("train")) + len(dataset.rows("valid")) / 3) * cost.seconds_per_row
-        most = f"at most {_duration(epoch * config.epochs)} for {config.epochs} epochs"
+        most = f"at most {_duration(epoch * config.epochs)} for {config.epochs} epoch{'s' * (config.epochs != 1)}"
         duration = f"about {_duration(epoch)} per epoch on this machine, {most}"
     facts = {
-        "memory": f"{_size(cost.peak_bytes(config.batch_size))} for batches of {config.batch_size} "
-        f"(weights and optimiser {_size(cost.fixed_bytes)}, activations {_size(cost.bytes_per_row)} per region)",
+        "memory": f"{size_in_words(cost.peak_bytes(config.batch_size))} for batches of {config.batch_size} "
+        f"(weights and optimiser {size_in_words(cost.fixed_bytes)}, "
+        f"activations {size_in_words(cost.bytes_per_row)} per region)",
         "time": duration,
     }
     if memory is not None:
         facts["device"] = (
-            f"a card of {_size(memory)} takes batches of up to {cost.largest_batch(memory)} (a fifth kept free); "
-            "time there was not measured"
+            f"a card of {size_in_words(memory)} takes batches of up to {cost.largest_batch(memory)} "
+            "(a fifth kept free); time there was not measured"
         )
     return facts
 
@@ -312,8 +314,8 @@ def _check_folder(folder: Path, counts: Counts) -> list[SeqgraftError]:
     if free < needed:
         return [
             ConfigError(
-                f"the disk has {_size(free)} left and the run needs",
-                _size(needed),
+                f"the disk has {size_in_words(free)} left and the run needs",
+                size_in_words(needed),
                 where=str(folder),
                 remedy="Free some space or choose another folder",
             )
@@ -331,15 +333,6 @@ def parse_memory(text: str) -> int:
     if not match:
         raise ConfigError("this is not an amount of memory", text, where="--device", remedy="Write it like '24 GB'")
     return int(float(match[1]) * (2**30 if match[2].upper() == "G" else 2**20))
-
-
-def _size(count: int) -> str:
-    value = float(count)
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if value < 1024:
-            return f"{value:.0f} {unit}" if unit == "bytes" else f"{value:.1f} {unit}"
-        value /= 1024
-    return f"{value:.1f} TB"
 
 
 def _duration(seconds: float) -> str:

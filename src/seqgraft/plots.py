@@ -467,6 +467,9 @@ def _finish(axes: Axes, rows: int, xlabel: str) -> None:
     axes.set_axisbelow(True)
     axes.tick_params(axis="y", length=0)
     axes.xaxis.set_major_locator(MaxNLocator(6))
+    widest = max(map(len, axes.xaxis.get_major_formatter().format_ticks(list(axes.get_xticks()))))
+    if widest > 5:  # labels such as 0.99985 would run into each other
+        axes.xaxis.set_major_locator(MaxNLocator(3 if widest < 8 else 2))
 
 
 def _agreement(observed: Floats, predicted: Floats, baseline: Floats, name: str) -> str:

@@ -79,6 +79,9 @@ def download(repository: str, commit: str, wanted: Mapping[str, int], needed: Se
     api = HfApi()
     with _refusals(repository, ModelError):
         info = api.model_info(repository, revision=commit, files_metadata=True)
+        if info.sha != commit:  # a branch can have a name of 40 digits
+            remedy = "Check it: the hub takes it for a name of something else"
+            raise ModelError("the repository has no such commit", commit, where=repository, remedy=remedy)
         sizes = {file.rfilename: file.size for file in info.siblings or ()}
         if missing := [name for name in needed if name not in sizes]:
             remedy = "Check name and commit: it must be what 'seqgraft push' wrote"

@@ -105,6 +105,7 @@ __all__ = [
     "score_model",
     "score_run",
     "screen_run",
+    "seeded_model",
     "tokens_of",
     "trained_windows",
     "with_precision",
@@ -183,7 +184,7 @@ def build_run(experiment: Experiment, dataset: Dataset | None = None) -> tuple[S
     The same seed gives the same model.
     """
     dataset = dataset or _open_data(experiment)
-    model = _seeded_model(experiment, dataset)
+    model = seeded_model(experiment, dataset)
     rows = dataset.rows("train")
     if isinstance(model, MaskedModel):
         if is_random(experiment.model):
@@ -226,7 +227,8 @@ def _in_precision(experiment: Experiment, precision: str) -> Experiment:
     return replace(experiment, train=replace(experiment.train, precision=precision))
 
 
-def _seeded_model(experiment: Experiment, dataset: Dataset) -> SequenceModel:
+def seeded_model(experiment: Experiment, dataset: Dataset) -> SequenceModel:
+    """The model of an experiment before training and without its adapter, as the seed draws it."""
     torch.manual_seed(experiment.train.seed)
     if isinstance(experiment.loss, MaskedTokens):
         return build_masked(experiment.model, dataset.info)
@@ -342,7 +344,7 @@ def open_run(folder: Path) -> Run:
     if (folder / "data" / "dataset.json").exists():  # a pulled run brings what it needs of its data
         experiment = replace(experiment, data=folder / "data")
     dataset = _open_data(experiment)
-    model = _seeded_model(experiment, dataset)
+    model = seeded_model(experiment, dataset)
     load_adapter(model, folder / "adapter")
     if torch.cuda.is_available():
         model.to("cuda")

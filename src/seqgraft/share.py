@@ -27,6 +27,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from seqgraft.adapters import ADAPTERS
 from seqgraft.data.dataset import (
     Dataset,
     DatasetInfo,
@@ -38,13 +39,14 @@ from seqgraft.data.dataset import (
 )
 from seqgraft.data.seen import TRUNK_FOLDS
 from seqgraft.errors import ConfigError, DataError, ModelError, Problems
-from seqgraft.experiment import Experiment, parse_experiment, settings_of, write_yaml
+from seqgraft.experiment import Experiment, build, parse_experiment, settings_of, write_yaml
 from seqgraft.genome import Genome
+from seqgraft.models.dryrun import shapes_alone
 from seqgraft.models.folders import TRUNKS, bundled_models
 from seqgraft.models.hub import is_hub_id
 from seqgraft.models.weights import ModelConfig, pretrained_of
 from seqgraft.repository import check_size, download, upload
-from seqgraft.run import Run, label_of, open_run, trained_windows
+from seqgraft.run import Run, label_of, open_run, seeded_model, trained_windows
 from seqgraft.share_card import write_card
 from seqgraft.tracks import TrackTable
 
@@ -60,6 +62,8 @@ FILES: Mapping[str, int] = {
     MARKER: 50_000_000,
     "trained_on.bed": 200_000_000,
 }
+_LONGEST = 2**31  # bp of a window, and bins of it
+_NUMBERS = 10**9  # of a model whose weights did not come along, and a number for each byte that did
 NEEDED = ("adapter.json", "weights.safetensors", MARKER)
 _TEXT = (str, type(None))
 #: What other code relies on in ``shared.json`` -> its types.
@@ -247,6 +251,7 @@ def pull(
         for name in ("adapter.json", "weights.safetensors"):
             (building / name).rename(building / "adapter" / name)
         (building / MARKER).unlink()
+        _check_adapter(building / "adapter" / "adapter.json")
         known = None
         if data is None:
             known = _write_inputs(content["inputs"], building / "data", genome, source)
@@ -255,6 +260,10 @@ def pull(
         place = folder.absolute() / "data" if data is None else Path(data).absolute()
         experiment = _experiment(content, place, base, remote_code, source)
         write_yaml(building / "experiment.yaml", settings_of(experiment))
+        if experiment.model.name in TRUNKS:  # other models have the size that their weights have
+            came = (building / "adapter" / "weights.safetensors").stat().st_size
+            with shapes_alone(_NUMBERS + came, source):
+                seeded_model(experiment, open_dataset(place if data is not None else building / "data"))
         opened = open_run(building)
     recorded = content["inputs"]["genome"]
     return Pulled(replace(opened, folder=folder), recorded, known is not None or data is not None)
@@ -283,13 +292,27 @@ def _fetch(source: str, folder: Path) -> None:
     download(repository, commit, FILES, NEEDED, folder)
 
 
+_DAMAGED = "Fetch it again; if that does not help, ask who shared it"
+
+
+def _json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:  # a ValueError, too, for a number of thousands of digits
+        raise ModelError(f"the file is not valid JSON ({error})", where=path.name, remedy=_DAMAGED) from error
+
+
+def _check_adapter(path: Path) -> None:
+    """Refuses settings in ``adapter.json`` of other types than the adapter's; all else is checked where it is read."""
+    content = _json(path)
+    kind, settings = (content.get(name) if isinstance(content, dict) else None for name in ("kind", "settings"))
+    if isinstance(kind, str) and kind in ADAPTERS and isinstance(settings, dict):
+        build(ADAPTERS[kind], settings, path.name)
+
+
 def _read(path: Path) -> dict[str, Any]:
     """What ``shared.json`` says, checked for what everything else relies on."""
-    damaged = "Fetch it again; if that does not help, ask who shared it"
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise ModelError(f"the file is not valid JSON ({error})", where=path.name, remedy=damaged) from error
+    content, damaged = _json(path), _DAMAGED
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise ModelError("the file does not describe a shared adapter", where=path.name, remedy=damaged)
     if content.get("format_version") != FORMAT_VERSION:
@@ -302,10 +325,14 @@ def _read(path: Path) -> dict[str, Any]:
         for key, kinds in expected.items()
         if not isinstance(content.get(part), dict) or type(content[part].get(key)) not in kinds
     ]
-    if not wrong and min(content["inputs"][name] for name in ("window", "bins", "bin_size")) < 0:
+    if not wrong and not all(0 <= content["inputs"][name] <= _LONGEST for name in ("window", "bins", "bin_size")):
         wrong = ["inputs"]
+    if not wrong and not all(isinstance(name, str) for name in content["inputs"]["covariates"]):
+        wrong = ["inputs.covariates"]
     if not isinstance(content.get("experiment"), dict) or "${" in json.dumps(content):  # read_yaml would fill that in
         wrong.append("experiment")
+    elif content["experiment"].get("joint") is not None:  # a path of this machine
+        wrong.append("experiment.joint")
     if wrong:
         what = "the file lacks entries, or has some that it may not have"
         raise ModelError(what, wrong, where=path.name, remedy=damaged)

@@ -362,7 +362,7 @@ def plan_sweep(config: SweepConfig, folder: Path, workers: int = 1) -> SweepPlan
     methods, cells = len(sweep.methods), len(sweep.methods) * later
     done = sum(is_done(job) for method in sweep.methods for job in sweep.jobs(method)) if not trials else 0
     made = f"{methods} combinations, {len(config.seeds)} seed{'s' * (len(config.seeds) != 1)}"
-    tuned = f", {trials} trials of each ({config.search.strategy})" if config.search else ""
+    tuned = f", {trials} trial{'s' * (trials != 1)} of each ({config.search.strategy})" if config.search else ""
     slow = f"; {unmeasured} combinations were not measured" if unmeasured else ""
     facts = {
         "cells": f"at most {cells} ({made}{tuned})" + (f", {done} of them done" if done else ""),

@@ -30,6 +30,7 @@ __all__ = ["SavedAdapter", "read_adapter", "restore", "save_adapter"]
 
 FORMAT, FORMAT_VERSION = "seqgraft-adapter", 1
 #: What ``adapter.json`` says -> its type.
+_SMALL = 4096  # what every setting may be, whatever the tensors
 _ENTRIES: Mapping[str, type] = {"kind": str, "settings": dict, "label": str, "base": dict, "tracks": list}
 
 
@@ -139,8 +140,9 @@ def restore(model: SequenceModel, adapter: Adapter, saved: SavedAdapter) -> Coun
 
     Raises:
         ModelError: other base weights or tracks than the adapter was trained on; tensors that are missing, left over or
-            misshaped.
+            misshaped; settings that ask for larger ones.
     """
+    _check_settings(saved)
     counts = adapt(model, adapter)
     problems = Problems(ModelError)
     if adapted_of(model).frozen:  # where everything is saved, what was below does not matter
@@ -172,6 +174,19 @@ def restore(model: SequenceModel, adapter: Adapter, saved: SavedAdapter) -> Coun
             state[name].copy_(tensor)
     model.eval()
     return counts
+
+
+def _check_settings(saved: SavedAdapter) -> None:
+    """Refuses ranks, widths and lengths beyond all sizes of the tensors, before memory is asked for them."""
+    most = max([_SMALL, *(size for tensor in saved.tensors.values() for size in tensor.shape)])
+    parts: list[Any] = [saved.settings]
+    while parts:
+        part = parts.pop()
+        if isinstance(part, (Mapping, list)):
+            parts += part.values() if isinstance(part, Mapping) else part
+        elif isinstance(part, int) and part > most:
+            what, remedy = "a setting is larger than any size of the adapter's tensors", "Copy the folder again"
+            raise ModelError(what, part, where=saved.label, remedy=remedy)
 
 
 def _form(tensor: Tensor) -> str:

@@ -37,6 +37,7 @@ MAX_SKIPPED = 0.01
 
 _MISSING, _ABSENT = -1, -2  # an allele that is not known; a slot that the call does not have
 _BASES = frozenset("ACGT")
+_DIGITS, _MOST_SLOTS = 4, 100  # of the number of an allele; of a call
 _SHOWN = 5  # donors or places that a message names
 
 
@@ -148,8 +149,10 @@ class _Calls(dict[str, int]):
 
     def __missing__(self, text: str) -> int:
         parts = text.lstrip("|/").replace("|", "/").split("/")
-        if not all(part == "." or part.isdecimal() for part in parts):
-            raise DataError("this is no genotype", text, where=self.path, remedy="Write calls as 0|1, 0/1, 1 or ./.")
+        known = all(part == "." or (part.isdecimal() and len(part) <= _DIGITS) for part in parts)
+        if not known or len(parts) > _MOST_SLOTS:
+            remedy = "Write calls as 0|1, 0/1, 1 or ./."
+            raise DataError("this is no genotype", text[:60], where=self.path, remedy=remedy)
         alleles = [_MISSING if part == "." else int(part) for part in parts]
         table = np.full((len(self) + 1, max(self.alleles.shape[1], len(alleles))), _ABSENT, dtype=np.int16)
         table[:-1, : self.alleles.shape[1]] = self.alleles

@@ -155,11 +155,13 @@ class Donors:
     @cached_property
     def identity(self) -> str:
         """Names every sequence that is stored."""
-        digest = hashlib.sha256(f"donors {self.genome.hash} {self.window} {self.genotypes.encoding}\n".encode())
+        variants = self.genotypes
+        facts = [self.genome.hash, self.window, variants.encoding, variants.contigs]
+        digest = hashlib.sha256(f"donors {facts}\n".encode())
         for table in (self.sequences, self.genes[["chrom", "tss"]]):
             digest.update(table.to_csv().encode())
-        arrays = (self.genotypes.bits, self.genotypes.position, self.genotypes.alt_start, self.genotypes.alt_codes)
-        for array in arrays:
+        alleles = variants.alt_start, variants.alt_codes, variants.trim
+        for array in (variants.bits, variants.position, variants.ref_length, *alleles):
             digest.update(np.ascontiguousarray(array).tobytes())
         return digest.hexdigest()
 

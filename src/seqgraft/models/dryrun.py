@@ -3,24 +3,30 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from fractions import Fraction
 from math import ceil
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import (
+    register_module_buffer_registration_hook,
+    register_module_parameter_registration_hook,
+)
 
 from seqgraft.errors import ModelError, Problems
 from seqgraft.models.base import Step
 from seqgraft.models.module import ModuleSpec, Sizes, WrappedStage
 
-__all__ = ["Chain", "dry_run"]
+__all__ = ["Chain", "dry_run", "shapes_alone"]
 
 #: What a module may raise on an input that does not suit it.
 _RAISED = (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError, AssertionError)
 _SHORTEST = 256  # bp of the dry run, at least
 _REACH = (1024, 4096)  # bp in which the reach of a stage is looked for: the second if the first is too short
 _ROWS = 16  # sequences at a time while measuring
+_TENSORS = 100_000  # of a model, at most: each costs memory, however small it is
 
 
 class Chain(nn.ModuleDict):
@@ -254,3 +260,35 @@ def _check_steps(
         if not (claim[0] <= low and high <= claim[1]):
             what = f"the steps of the stage {name!r} say that position {place} reaches {claim}, and it reaches"
             raise ModelError(what, (low, high), where=spec.name, remedy="Correct the steps, or leave them out")
+
+
+@contextmanager
+def shapes_alone(most: int, where: object) -> Iterator[None]:
+    """Modules that are built within have shapes and no numbers; building ends where they would have too many.
+
+    Args:
+        most: numbers of all tensors together.
+        where: what asks for the modules, for the message.
+
+    Raises:
+        ModelError: too many, or settings of which no module can be built.
+    """
+    numbers, tensors = 0, 0
+
+    def count(_: nn.Module, __: str, tensor: Tensor | None) -> None:
+        nonlocal numbers, tensors
+        numbers, tensors = numbers + (0 if tensor is None else tensor.numel()), tensors + 1
+        if numbers > most or tensors > _TENSORS:
+            what = f"its settings ask for a model of more than {most:,} numbers or {_TENSORS:,} tensors"
+            raise ModelError(what, where=where, remedy="Do not use it; ask who made it")
+
+    hooks = register_module_parameter_registration_hook(count), register_module_buffer_registration_hook(count)
+    try:
+        with torch.device("meta"):
+            yield
+    except (*_RAISED, ArithmeticError) as error:
+        what, remedy = f"no model can be built of its settings ({error})", "Ask who made it"
+        raise ModelError(what, where=where, remedy=remedy) from error
+    finally:
+        for hook in hooks:
+            hook.remove()

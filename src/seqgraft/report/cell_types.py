@@ -7,7 +7,7 @@ import pandas as pd
 from seqgraft.cell_plots import confusion_matrix
 from seqgraft.plots import metric_dots, svg
 from seqgraft.report.page import Cell, Chart, RunFiles, Section, Table
-from seqgraft.report.scores import Key, Scores, words
+from seqgraft.report.scores import Key, Scores, intervals_in_words, words
 from seqgraft.specificity import ACROSS, DIFFERENTIAL, OF_CEILING, RECOGNISED
 
 __all__ = ["cells_section", "is_of_cells"]
@@ -44,12 +44,15 @@ def _cells_table(run: RunFiles, scores: Scores, keys: list[Key]) -> Table:
     """A row per measure and group of tracks, a column per model: of both there are many."""
     models = [run.label, *(model for model in scores.models if model != run.label)]
     ordered = sorted(keys, key=lambda key: list(dict.fromkeys(other.group for other in keys)).index(key.group))
+    found = [[scores.get(model, key) for model in models] for key in ordered]
     rows = tuple(
-        (Cell(key.group), Cell(key.axis), *(Cell.score(scores.get(model, key)) for model in models)) for key in ordered
+        (Cell(key.group), Cell(key.axis), *map(Cell.score, row)) for key, row in zip(ordered, found, strict=True)
     )
+    lows = (score.low for row in found for score in row if score)
+    intervals = intervals_in_words(lows, "95 % bootstrap intervals in brackets")
     caption = (
         "Every track divided by its mean and centred across the tracks of its group, so that what is left is its own:"
-        f" means over tracks, fold {keys[0].fold}; 95 % bootstrap intervals in brackets."
+        f" means over tracks, fold {keys[0].fold}; {intervals}."
     )
     return Table(caption, ("group", "measure", *map(words, models)), rows)
 

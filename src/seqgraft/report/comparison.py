@@ -11,7 +11,7 @@ import pandas as pd
 from seqgraft.plots import model_dots, svg
 from seqgraft.report.glossary import words_section
 from seqgraft.report.page import Cell, Chart, Code, Page, RunFiles, Section, Table, held_out
-from seqgraft.report.scores import Key, Score, words
+from seqgraft.report.scores import Key, Score, intervals_in_words, words
 from seqgraft.scoring import whole_fold
 
 __all__ = ["comparison_page"]
@@ -129,7 +129,8 @@ def _chart(own: Mapping[str, Score], others: Mapping[str, Score], key: Key, titl
     groups = [group for group in ("run", "baseline", "ceiling") if any(row[2] == group for row in rows)]
     figure = model_dots(frame, title=title, xlabel=key.axis, groups=groups)
     what = f"track {key.track}" if key.track else "mean over tracks"
-    caption = f"{key.axis}, {what}, fold {key.fold}. Lines are 95 % bootstrap intervals over regions."
+    intervals = intervals_in_words(frame["low"], "lines are 95 % bootstrap intervals over regions")
+    caption = f"{key.axis}, {what}, fold {key.fold}; {intervals}."
     return Chart(svg(figure, name, title), caption)
 
 
@@ -154,4 +155,6 @@ def _table(names: Mapping[str, RunFiles], measures: Sequence[Measure]) -> Table:
     strong = frozenset([0]) if first else frozenset()
     scores = [key.column for key, _, _ in measures]
     columns = ("method", *scores, "trained parameters", "best epoch", "training time", "peak memory")
-    return Table("Runs and, below them, baselines; 95 % intervals in brackets.", columns, tuple(rows), strong)
+    lows = (score.low for _, own, others in measures for score in (*own.values(), *others.values()))
+    caption = f"Runs and, below them, baselines; {intervals_in_words(lows, '95 % intervals in brackets')}."
+    return Table(caption, columns, tuple(rows), strong)

@@ -225,7 +225,10 @@ def is_run(folder: Path) -> bool:
 
 def read_run(folder: Path) -> RunFiles:
     """Reads what there is; a file that is missing, truncated or not what its name says is listed, never an error."""
-    missing = [f"{name} is missing: {means}." for name, means in EXPECTED.items() if not (folder / name).is_file()]
+    there = {name for name in EXPECTED if (folder / name).is_file()}
+    missing = [f"{name} is missing: {means}." for name, means in EXPECTED.items() if name not in there]
+    if there == {"experiment.yaml", "adapter/adapter.json"} and (folder / "README.md").is_file():  # of 'seqgraft pull'
+        missing = ["The run was pulled: README.md, its card, has its data, training and scores."]
 
     def read(name: str, reader: Callable[[Path], Any]) -> Any:
         path = folder / name

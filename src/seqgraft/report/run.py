@@ -24,7 +24,7 @@ from seqgraft.report.effects import attributions_section, variants_section
 from seqgraft.report.genes import genes_section
 from seqgraft.report.glossary import words_section
 from seqgraft.report.page import Cell, Chart, Page, RunFiles, Section, Table, frame_table, held_out
-from seqgraft.report.scores import Key, Score, Scores, words
+from seqgraft.report.scores import Key, Score, Scores, intervals_in_words, words
 from seqgraft.report.values import value_chart
 from seqgraft.scoring import whole_fold
 
@@ -142,7 +142,8 @@ def _dots(run: RunFiles, scores: Scores, key: Key, title: str, name: str) -> Cha
     rows = scores.rows(key)
     rows = rows[rows["model"].isin(rows.loc[np.isfinite(rows["value"]), "model"]) | (rows["model"] == run.label)]
     tracks = [track for track in dict.fromkeys(rows["track"]) if track]
-    lines = f"Lines are 95 % bootstrap intervals over {'genes' if is_of_genes(key) else 'regions'}."
+    over = f"lines are 95 % bootstrap intervals over {'genes' if is_of_genes(key) else 'regions'}"
+    lines = f"{_capital(intervals_in_words(rows['low'], over))}."
     if len(tracks) > 1:
         figure = metric_dots(rows, title=title, xlabel=key.axis, highlight=run.label)
         return Chart(svg(figure, name, title), f"{_capital(key.axis)} of each track, fold {key.fold}. {lines}")
@@ -184,7 +185,9 @@ def _summaries(run: RunFiles, scores: Scores) -> list[Table]:
 def _summary(run: RunFiles, scores: Scores, keys: list[Key], *, several: bool) -> Table:
     first, others = keys[0], [model for model in scores.models if model != run.label]
     models = [run.label, *(model for model in others if any(scores.get(model, key) for key in keys))]
-    rows = tuple((Cell(words(model)), *(Cell.score(scores.get(model, key)) for key in keys)) for model in models)
+    found = [[scores.get(model, key) for key in keys] for model in models]
+    rows = tuple((Cell(words(model)), *map(Cell.score, row)) for model, row in zip(models, found, strict=True))
+    lows = (score.low for row in found for score in row if score)
     what = "each track" if first.track else f"means over {_items(first)}"
     place = ", ".join(
         filter(None, [f"{first.fold}{held_out(run, first.fold)}", first.group if several and not first.about else ""])
@@ -193,7 +196,8 @@ def _summary(run: RunFiles, scores: Scores, keys: list[Key], *, several: bool) -
     compared = "the run and, below it, what it is compared with"
     if first.about:
         compared = "the tracks that the trunk was pretrained on, before and after adaptation"
-    caption = f"Fold {place}: {compared}; {what}{scale}; 95 % bootstrap intervals in brackets."
+    intervals = intervals_in_words(lows, "95 % bootstrap intervals in brackets")
+    caption = f"Fold {place}: {compared}; {what}{scale}; {intervals}."
     for note, of in scores.notes(first).items():
         about = "" if set(of) >= set(models) else f"{', '.join(map(words, of))}: "
         caption += f" {_capital(about + note)}."

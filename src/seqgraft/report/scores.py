@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Self
 
@@ -12,13 +12,14 @@ import pandas as pd
 from seqgraft.metrics import METRICS
 from seqgraft.scoring import clean_fold, whole_fold
 
-__all__ = ["Key", "Score", "Scores", "metric_name", "number", "words"]
+__all__ = ["Key", "Score", "Scores", "intervals_in_words", "metric_name", "number", "words"]
 
 COLUMNS = ("model", "fold", "group", "track", "metric", "value", "low", "high", "n", "unit", "note")
 TEXTS = ("model", "fold", "group", "track", "metric", "unit", "note")
 ORIGINAL = "original tracks"  # in the note of scores on the trunk's own tracks, before and after adaptation
 #: Parts of model names that say: nothing can be better than this, so it is no baseline.
 CEILINGS = ("oracle", "ceiling", "replicate")
+NO_INTERVALS = "no intervals: too few test rows are independent of each other"
 _NAMES = {
     "pearson": "Pearson", "spearman": "Spearman", "r2": "R²", "mse": "MSE", "auroc": "AUROC", "auprc": "AUPRC",
     "mcc": "MCC", "f1": "F1", "class_mcc": "MCC of classes", "class_f1": "F1 of classes",
@@ -77,6 +78,11 @@ class Key:
     def column(self) -> str:
         """What heads a column of scores."""
         return ", ".join(filter(None, [self.axis, self.about or self.group, self.track]))
+
+
+def intervals_in_words(lows: Iterable[float], known: str) -> str:
+    """``known``, which says what the intervals are; or, where no score has one, why."""
+    return known if any(math.isfinite(low) for low in lows) else NO_INTERVALS
 
 
 @dataclass(frozen=True)

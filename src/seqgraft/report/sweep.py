@@ -15,7 +15,7 @@ from seqgraft.errors import RunError
 from seqgraft.plots import model_dots, svg
 from seqgraft.report.glossary import words_section
 from seqgraft.report.page import Cell, Chart, Code, Page, Section, Table, join
-from seqgraft.report.scores import Score, metric_name, words
+from seqgraft.report.scores import Score, intervals_in_words, metric_name, words
 from seqgraft.trends import cost_dots, epoch_curves, setting_lines
 
 __all__ = ["findings", "is_sweep", "sweep_page"]
@@ -237,8 +237,9 @@ class _Slice:
         figure = model_dots(rows, title=self.finding, xlabel=f"{self.metric}, test", groups=groups)
         seeds = int(self.chosen["seeds"].max())
         drawn = "seeds and test items" if seeds > 1 else "test items (there is one seed)"
+        intervals = intervals_in_words(rows["low"], f"lines are 95 % bootstrap intervals over {drawn}")
         caption = (
-            f"{self.metric} on the test fold, the mean over seeds. Lines are 95 % bootstrap intervals over {drawn}. "
+            f"{self.metric} on the test fold, the mean over seeds; {intervals}. "
             "Each method is in its setting of the best validation score."
         )
         return Chart(svg(figure, f"methods{self._id}", self.finding), caption)
@@ -312,8 +313,9 @@ class _Slice:
                     line += [Cell.of(row["only_first_right"]), Cell.of(row["only_second_right"])]
                     line += [_p(row["p_mcnemar"]), _p(row["p_mcnemar_holm"])]
                 cells.append(tuple(line))
+            pairs = f"{len(rows)} pairs" if len(rows) > 1 else "one pair"
             caption = (
-                f"{captions[str(family)]}: paired bootstrap of the difference; corrected for the {len(rows)} pairs "
+                f"{captions[str(family)]}: paired bootstrap of the difference; corrected for the {pairs} "
                 "(Holm); told apart below 0.05."
             )
             caption += f" McNemar's exact test counts items that one has right and the other not{combined}." * bool(

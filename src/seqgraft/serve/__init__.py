@@ -56,9 +56,11 @@ def serve_run(
     listening = _listen(host, port)
     with listening:
         number = listening.getsockname()[1]
-        every = host in ("0.0.0.0", "::", "")  # noqa: S104
-        hosts = {*LOOPBACK, host.lower(), *({ANY_ADDRESS, socket.gethostname().lower()} if every else ())}
-        shown = "127.0.0.1" if every else f"[{host}]" if ":" in host else host
+        host = listening.getsockname()[0] if ":" in host else host.lower()  # an address as browsers write it
+        every = host in ("0.0.0.0", "::")  # noqa: S104
+        hosts = {*LOOPBACK, host, *({ANY_ADDRESS, socket.gethostname().lower()} if every else ())}
+        near = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104
+        shown = f"[{near}]" if ":" in near else near
         if not _is_loopback(host):
             tell(
                 f"Whoever can reach {host} can use this run, without a password and unencrypted. "
@@ -67,7 +69,7 @@ def serve_run(
         tell(f"The page of {folder} is at http://{shown}:{number} (Ctrl-C ends it).")
         settings = uvicorn.Config(
             make_app(served, hosts=hosts), log_level="warning", server_header=False, limit_concurrency=100,
-            timeout_keep_alive=5, timeout_graceful_shutdown=3,
+            timeout_keep_alive=5, timeout_graceful_shutdown=3, proxy_headers=False,  # which a client can write itself
         )  # fmt: skip
         if show:
             webbrowser.open(f"http://{shown}:{number}")

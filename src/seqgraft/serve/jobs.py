@@ -114,8 +114,8 @@ class Queue(Generic[Result]):
     def cancel(self, job: Job[Result]) -> None:
         """Takes a job out of the queue, or ends it at its next step."""
         job.stopped = True
-        if job.future is not None:
-            job.future.cancel()
+        if (future := job.future) is not None:  # the worker may finish it meanwhile
+            future.cancel()
 
     def close(self) -> None:
         """Ends everything."""

@@ -233,7 +233,7 @@ class Served:
         most = columns[int(np.argmax(totals))].name
         title = f"{place}: most predicted signal in {most}" if len(columns) > 1 else f"{place}: predicted signal"
         begin = start + first * layout.bin_size
-        drawn = values[:, first : first + shown]
+        drawn = values[:, first : first + shown].copy()  # so that the whole window is not kept
         asked = (region, choice)
         return Signal(title, region.chrom, begin, layout.bin_size, marked, columns, drawn, None, totals, asked)
 

@@ -236,7 +236,7 @@ def check_vcf(path: Path, check: AlleleCheck, skipped: Path, *, allow_skipped: b
     checked.write_skipped(skipped)
     count = int(np.count_nonzero(found))
     if count == len(found) or (count > MAX_SKIPPED * len(found) and not allow_skipped):
-        reasons_in_words = "; ".join(f"{number} {reason}" for reason, number in checked.skipped.items())
+        reasons_in_words = "; ".join(f"{number}: {reason}" for reason, number in checked.skipped.items())
         many = "none of its variants" if count == len(found) else f"only {len(found) - count} of {len(found)} variants"
         remedy = f"They are listed in {skipped}; correct the file" + (
             "" if count == len(found) else ", or set allow_skipped: true"
