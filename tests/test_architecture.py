@@ -98,7 +98,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("experiment",),
     ("exposure",),
     ("run",),
-    ("plan",),
+    ("apply", "export", "plan"),
     # 8
     ("cells",),
     ("results",),

@@ -14,13 +14,14 @@ pytest.importorskip("playwright.sync_api", reason="Playwright is not installed: 
 from browser import DESKTOP, PHONE, layout_problems, serious_problems, visit
 from builders import SETTINGS, tiny_coverage, tiny_labels, tiny_pretrained
 from seqgraft.adapters import LinearProbe, LoRA
+from seqgraft.apply import attribute_run, score_run
 from seqgraft.attribute import AttributeConfig
 from seqgraft.data import prepare_source
 from seqgraft.evaluate import EvaluateConfig, GenesConfig
 from seqgraft.experiment import Experiment, build
 from seqgraft.models.weights import ModelConfig
 from seqgraft.report import write_report
-from seqgraft.run import attribute_run, evaluate_run, fit_run, score_run
+from seqgraft.run import evaluate_run, fit_run
 from seqgraft.sweep import SweepConfig, run_sweep
 from seqgraft.train import TrainConfig
 from seqgraft.variants import VariantConfig

@@ -14,12 +14,13 @@ import pytest
 from typer.testing import CliRunner
 
 from builders import SETTINGS, tiny_coverage
+from seqgraft.apply import calibrate_run, score_run
 from seqgraft.cli import app
 from seqgraft.data.augment import Augmentation
 from seqgraft.errors import ConfigError, DataError, RunError
 from seqgraft.experiment import parse_experiment
 from seqgraft.genome import Genome, Variant, read_vcf, vcf_text
-from seqgraft.run import calibrate_run, fit_run, score_run
+from seqgraft.run import fit_run
 from seqgraft.variants import VariantConfig
 from seqgraft.variants.calibrate import (
     TYPES,

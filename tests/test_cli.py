@@ -190,7 +190,7 @@ def test_coverage_from_raw_files_to_an_exported_model(raw: Path, tmp_path: Path,
     assert "2 tracks, windows of 256 bp, 12 bins of 16 bp" in shown
     other = pd.read_csv(raw / "tracks.csv").assign(scale=0.5)
     other.to_csv(tmp_path / "other.csv", index=False)
-    assert "2 tracks have the settings" in done(seqgraft("retrack", data, tmp_path / "other.csv"))
+    assert "2 tracks with the settings" in done(seqgraft("retrack", data, tmp_path / "other.csv"))
     assert open_dataset(data).tracks.frame["scale"].tolist() == [0.5, 0.5]
     done(seqgraft("retrack", data, raw / "tracks.csv"))
 

@@ -549,7 +549,7 @@ def test_no_donor_is_named_unless_asked_for(
 
 
 def test_chosen_genes(run: Path, tmp_path: Path) -> None:
-    from seqgraft.run import effects_run
+    from seqgraft.apply import effects_run
 
     (tmp_path / "genes.txt").write_text("gene5\ngene2\n")
     found = effects_run(run, tmp_path / "out", EffectsConfig(genes=tmp_path / "genes.txt"))

@@ -19,6 +19,7 @@ import yaml
 
 from seqgraft.adapters import ADAPTERS
 from seqgraft.agreement import Measured
+from seqgraft.apply import attribute_run, predict_run
 from seqgraft.attribute import AttributeConfig
 from seqgraft.baselines import KmerSettings
 from seqgraft.data import SOURCES, open_dataset, prepare_source
@@ -55,7 +56,7 @@ from seqgraft.oracle import grammar
 from seqgraft.plan import plan_run
 from seqgraft.predixcan import PrediXcan
 from seqgraft.report import write_report
-from seqgraft.run import attribute_run, evaluate_run, fit_run, predict_run, prepare
+from seqgraft.run import evaluate_run, fit_run, prepare
 from seqgraft.sequence import decode
 from seqgraft.target import Target
 from seqgraft.tracks import TrackTable

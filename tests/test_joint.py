@@ -24,13 +24,14 @@ from seqgraft.data.folds import Folds
 from seqgraft.errors import ConfigError, ModelError, RunError
 from seqgraft.evaluate import EvaluateConfig
 from seqgraft.experiment import Experiment, parse_experiment, settings_of, write_yaml
+from seqgraft.export import export_run
 from seqgraft.joint import Joint, JointConfig, regions_apart
 from seqgraft.losses import MaskedTokens, MeanSquaredError, Poisson
 from seqgraft.models.base import undo_link
 from seqgraft.models.weights import ModelConfig, build_pretrained
 from seqgraft.plan import plan_run
 from seqgraft.predict import predict
-from seqgraft.run import build_run, evaluate_run, export_run, fit_run, objective_of, open_run
+from seqgraft.run import build_run, evaluate_run, fit_run, objective_of, open_run
 from seqgraft.train import TrainConfig
 from test_personal import source_of, write_cohort
 from test_train import command, finished, log_of, same, started, tensors

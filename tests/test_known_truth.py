@@ -22,6 +22,7 @@ import numpy.typing as npt
 import pandas as pd
 import pytest
 
+from seqgraft.apply import score_run
 from seqgraft.data import prepare_source
 from seqgraft.data.dataset import DatasetInfo
 from seqgraft.data.simulate import Simulation, Truth, simulate
@@ -30,7 +31,7 @@ from seqgraft.genome import Genome
 from seqgraft.metrics import METRICS
 from seqgraft.models.weights import ModelConfig, build_pretrained
 from seqgraft.oracle import track_names
-from seqgraft.run import fit_run, score_run
+from seqgraft.run import fit_run
 from seqgraft.variants import Layout, VariantConfig
 from seqgraft.variants.over import Centre
 

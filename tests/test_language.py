@@ -39,6 +39,7 @@ from seqgraft.cli import app
 from seqgraft.data.dataset import Dataset
 from seqgraft.errors import ConfigError, DataError, ModelError
 from seqgraft.experiment import Experiment
+from seqgraft.export import export_run
 from seqgraft.local import Recompute
 from seqgraft.memory import bytes_without_computing
 from seqgraft.models.base import Head, SequenceModel, State, Trunk, mean_of_valid
@@ -51,7 +52,7 @@ from seqgraft.models.masked import HIDDEN
 from seqgraft.models.weights import ModelConfig, build_model, build_pretrained
 from seqgraft.objectives import Elementwise
 from seqgraft.plan import plan_run
-from seqgraft.run import export_run, fit_run, open_run
+from seqgraft.run import fit_run, open_run
 from seqgraft.sample import Sample
 from seqgraft.sequence import PAD, decode, encode
 from seqgraft.train import TrainConfig, cache_choice

@@ -20,6 +20,7 @@ from builders import BLOCKS, LANGUAGE, MOSAIC, ROTARY, tiny_labels
 from guides import run_guide
 from seqgraft import objectives
 from seqgraft.adapters import FullFineTune, LoRA, adapt
+from seqgraft.apply import attribute_run, embed_run, predict_run, score_model, score_run
 from seqgraft.data import open_dataset, prepare_source
 from seqgraft.data.dataset import Dataset
 from seqgraft.data.folds import Folds
@@ -27,6 +28,7 @@ from seqgraft.data.windows import WindowSource
 from seqgraft.errors import ConfigError, DataError, ModelError
 from seqgraft.evaluate import compare_runs
 from seqgraft.experiment import Experiment, parse_experiment, read_experiment
+from seqgraft.export import export_run
 from seqgraft.genome import Genome, Variant
 from seqgraft.losses import MaskedTokens
 from seqgraft.markov import Markov
@@ -40,18 +42,7 @@ from seqgraft.perplexity import METRICS, _unknown, evaluate_masked
 from seqgraft.plan import plan_run
 from seqgraft.predict import FORWARD_ONLY
 from seqgraft.report import write_report
-from seqgraft.run import (
-    attribute_run,
-    build_run,
-    embed_run,
-    evaluate_run,
-    export_run,
-    fit_run,
-    open_run,
-    predict_run,
-    score_model,
-    score_run,
-)
+from seqgraft.run import build_run, evaluate_run, fit_run, open_run
 from seqgraft.sample import Sample
 from seqgraft.sequence import Codes, N, decode, encode, reverse_complement
 from seqgraft.variants import Layout, VariantConfig

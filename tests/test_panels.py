@@ -15,12 +15,13 @@ from matplotlib.figure import Figure
 from typer.testing import CliRunner
 
 from builders import SETTINGS, tiny_coverage
+from seqgraft.apply import score_run
 from seqgraft.cell_plots import VariantPanel, confusion_matrix, variant_panel
 from seqgraft.cli import app
 from seqgraft.errors import ConfigError, RunError
 from seqgraft.experiment import parse_experiment
 from seqgraft.genome import Variant
-from seqgraft.run import fit_run, open_run, score_run
+from seqgraft.run import fit_run, open_run
 from seqgraft.tracks import TrackTable
 from seqgraft.variants import Layout, VariantConfig, VariantScorer
 from seqgraft.variants import panels as drawing

@@ -27,8 +27,9 @@ from seqgraft.data.dataset import open_dataset
 from seqgraft.data.seen import TRUNK_FOLDS, TrunkFolds
 from seqgraft.errors import ConfigError, DataError, RunError
 from seqgraft.experiment import Experiment, parse_experiment, parse_source, settings_of, write_yaml
+from seqgraft.export import export_run
 from seqgraft.plan import MAX_EXPOSURE, Cost, measure_cost, parse_memory, plan_run
-from seqgraft.run import build_run, export_run, fit_run, objective_of
+from seqgraft.run import build_run, fit_run, objective_of
 
 
 @pytest.fixture(scope="module")

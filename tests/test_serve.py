@@ -25,6 +25,7 @@ from fastapi.testclient import TestClient
 from typer.testing import CliRunner
 
 from builders import BLOCKS, SETTINGS, tiny_coverage
+from seqgraft.apply import calibrate_run, predict_run
 from seqgraft.cell_plots import VariantPanel, variant_panel
 from seqgraft.cli import app as cli
 from seqgraft.data.dataset import DatasetInfo, write_dataset
@@ -32,7 +33,7 @@ from seqgraft.errors import ConfigError, DataError, RunError
 from seqgraft.experiment import parse_experiment
 from seqgraft.genome import Genome, Interval
 from seqgraft.progress import listening, progress, steps
-from seqgraft.run import Run, calibrate_run, fit_run, open_run, predict_run
+from seqgraft.run import Run, fit_run, open_run
 from seqgraft.sequence import decode
 from seqgraft.serve import Served, serve_run
 from seqgraft.serve.app import ANY_ADDRESS, make_app

@@ -13,8 +13,9 @@ import pandas as pd
 import pytest
 
 from browser import PHONE, Visit, serious_problems, visit
+from seqgraft.apply import score_run
 from seqgraft.progress import steps
-from seqgraft.run import open_run, score_run
+from seqgraft.run import open_run
 from seqgraft.sequence import decode
 from seqgraft.serve import Served
 from test_serve import CENTRE, TRACKS, live, runs, snv, vcf_of

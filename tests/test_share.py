@@ -24,13 +24,15 @@ from torch import nn
 from builders import LANGUAGE, SETTINGS, tiny_coverage, tiny_labels, tiny_pretrained
 from hub_stub import COMMIT, Hub, serve_hub
 from seqgraft.__main__ import main
+from seqgraft.apply import embed_run, predict_run, score_run
 from seqgraft.data import prepare_source
 from seqgraft.errors import ConfigError, DataError, ModelError, RunError, SeqgraftError
 from seqgraft.experiment import Experiment, parse_experiment, parse_source
+from seqgraft.export import export_run, trained_windows
 from seqgraft.genome import Genome, Interval
 from seqgraft.joint import JointConfig
 from seqgraft.models.dryrun import shapes_alone
-from seqgraft.run import embed_run, evaluate_run, export_run, fit_run, open_run, predict_run, score_run, trained_windows
+from seqgraft.run import evaluate_run, fit_run, open_run
 from seqgraft.sequence import decode
 from seqgraft.share import FILES, MARKER, Pulled, pull, push
 from seqgraft.variants import VariantConfig
@@ -408,7 +410,8 @@ def test_pulling_from_the_hub_is_refused(made: Path, tmp_path: Path, hub: Hub) -
         ("lab@" + COMMIT, "names no commit"),
         ("lab/none@" + COMMIT, "could not be asked"),
         ("lab/labels@" + "d" * 40, "has no such commit"),  # the hub answers with another
-        ("nowhere", "holds no shared adapter"),
+        ("nowhere", "no such folder"),
+        ("lab/labels", "no commit of a repository is named"),
     ):
         with pytest.raises(SeqgraftError, match=message):
             pull(source, tmp_path / "pulled")
@@ -498,7 +501,7 @@ def test_spoilt_files(made: Path, shared: Path, tmp_path: Path, monkeypatch: pyt
     torch.save({"a": torch.zeros(2)}, weights)  # a pickle by that name
     refused("cannot be read")
     weights.unlink()
-    refused(r"holds no shared adapter, which has: \['weights.safetensors'\]")
+    refused(r"holds no shared adapter; it lacks: 'weights\.safetensors'")
     weights.symlink_to(made / "trunk" / "weights.safetensors")
     refused("a link or a folder: 'weights.safetensors'")
     weights.unlink()

@@ -156,6 +156,22 @@ def test_done_cells_are_not_run_again(swept: Made) -> None:
     assert len(pd.read_csv(folder / "results.csv")) == len(found.tables.results)
 
 
+def test_the_command_ends_in_an_error_if_cells_failed(
+    base: dict[str, Any],
+    swept: Made,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    content = {"experiment": base, "draws": 200, "grid": GRID, "seeds": [1, 2], "controls": True}
+    write_yaml(tmp_path / "sweep.yaml", content)
+    monkeypatch.setattr(sys, "argv", ["seqgraft", "sweep", str(tmp_path / "sweep.yaml"), str(swept[0])])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == RunError.exit_code
+    assert "2 cells were run, 10 were there already, 2 failed." in capsys.readouterr().out
+
+
 def test_other_scoring_is_no_other_cell(base: dict[str, Any], tmp_path: Path) -> None:
     run_sweep(config_of(base, grid={"adapter": [PROBE]}), tmp_path)
     before = weights(tmp_path)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from builders import BLOCKS, LANGUAGE, SETTINGS, tiny_coverage, tiny_labels, tiny_language
+from seqgraft.apply import embed_run, predict_run
 from seqgraft.data.augment import FORWARD, Augmentation
 from seqgraft.data.dataset import Dataset, DatasetInfo, open_dataset, write_dataset
 from seqgraft.errors import ConfigError, DataError
@@ -25,7 +26,7 @@ from seqgraft.models.weights import ModelConfig, build_model
 from seqgraft.plan import plan_run
 from seqgraft.predict import FORWARD_ONLY, embed
 from seqgraft.report import write_report
-from seqgraft.run import embed_run, evaluate_run, fit_run, predict_run
+from seqgraft.run import evaluate_run, fit_run
 from seqgraft.sequence import PAD, encode
 from seqgraft.token_counts import TokenCounts, count_tokens
 from seqgraft.tracks import TrackTable

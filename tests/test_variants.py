@@ -27,12 +27,13 @@ from hypothesis import strategies as st
 
 from builders import BIN_SIZE, BINS, SETTINGS, WINDOW, tiny_coverage, tiny_labels
 from guides import run_guide
+from seqgraft.apply import score_run
 from seqgraft.data.augment import Augmentation
 from seqgraft.data.dataset import DatasetInfo, write_dataset
 from seqgraft.errors import ConfigError, DataError, ModelError, RunError
 from seqgraft.experiment import build, parse_experiment, settings_of
 from seqgraft.genome import Genome, Interval, Variant
-from seqgraft.run import Run, fit_run, open_run, score_run
+from seqgraft.run import Run, fit_run, open_run
 from seqgraft.sample import Sample
 from seqgraft.sequence import N, decode, encode, reverse_complement
 from seqgraft.tracks import TrackTable, unsquash

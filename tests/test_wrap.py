@@ -18,17 +18,19 @@ import test_adapters as adapters
 import test_models as trunks
 from builders import settle, tiny_coverage, tiny_labels
 from seqgraft.adapters import LoRA, adapt
+from seqgraft.apply import predict_run
 from seqgraft.cache import frozen_prefix
 from seqgraft.data.dataset import Dataset
 from seqgraft.errors import ConfigError, ModelError
 from seqgraft.experiment import parse_experiment
+from seqgraft.export import export_run
 from seqgraft.models.base import Head, SequenceModel, Step, Trunk, weight_hash
 from seqgraft.models.folders import TRUNKS, register, save_model
 from seqgraft.models.weights import ModelConfig, build_model, build_pretrained, is_random
 from seqgraft.models.wrap import ModuleSpec, WrappedTrunk, describe, redraw, wrap
 from seqgraft.plan import plan_run
 from seqgraft.predict import predict
-from seqgraft.run import evaluate_run, export_run, fit_run, label_of, open_run, predict_run
+from seqgraft.run import evaluate_run, fit_run, label_of, open_run
 from seqgraft.sequence import PAD
 from seqgraft.tracks import TrackTable
 from test_readme import blocks

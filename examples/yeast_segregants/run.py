@@ -14,11 +14,12 @@ from pathlib import Path
 import pandas as pd
 
 from seqgraft.agreement import Measured
+from seqgraft.apply import effects_run
 from seqgraft.effects import EffectsConfig
 from seqgraft.experiment import read_experiment
 from seqgraft.plan import plan_run
 from seqgraft.report import write_report
-from seqgraft.run import effects_run, evaluate_run, fit_run, prepare
+from seqgraft.run import evaluate_run, fit_run, prepare
 
 HERE = Path(__file__).parent
 RECIPES = ("frozen", "full")

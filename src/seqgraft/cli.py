@@ -220,7 +220,7 @@ def predict(
     out: Annotated[Path, typer.Argument(help="Output: .parquet, .csv, .zarr or .bw.")],
 ) -> None:
     """Predict tracks or labels for regions or sequences, in raw units."""
-    from seqgraft.run import predict_run
+    from seqgraft.apply import predict_run
 
     for path in predict_run(folder, source, out):
         _say(f"The predictions are in {path}.")
@@ -251,8 +251,8 @@ def variants(
     """Score what the alternative alleles of variants change in each track."""
     import re
 
+    from seqgraft.apply import score_model, score_run
     from seqgraft.errors import ConfigError
-    from seqgraft.run import score_model, score_run
     from seqgraft.variants import VariantConfig
     from seqgraft.variants.panels import Panels
 
@@ -298,8 +298,8 @@ def effects(
     settings: Settings = None,
 ) -> None:
     """What each variant does to the expression of genes, and which few explain the predictions for donors."""
+    from seqgraft.apply import effects_run
     from seqgraft.effects import EffectsConfig, with_extras
-    from seqgraft.run import effects_run
 
     parsed = with_extras(_parsed(EffectsConfig, config, settings), genes=genes, predixcan=predixcan, donors=donors)
     found = effects_run(folder, out, parsed)
@@ -338,8 +338,8 @@ def calibrate(
     settings: Settings = None,
 ) -> None:
     """Score background variants, so that 'variants' with the same settings adds percentiles."""
+    from seqgraft.apply import calibrate_run
     from seqgraft.errors import ConfigError
-    from seqgraft.run import calibrate_run
     from seqgraft.variants import VariantConfig
 
     if (background is None) == (random is None):
@@ -368,7 +368,7 @@ def screen(
     """First-order scores of every possible SNV of regions, and how well they agree with exact ones."""
     from dataclasses import replace
 
-    from seqgraft.run import screen_run
+    from seqgraft.apply import screen_run
     from seqgraft.variants import ScreenConfig
 
     parsed = _parsed(ScreenConfig, config, settings)
@@ -398,8 +398,8 @@ def attribute(
     settings: Settings = None,
 ) -> None:
     """What each base of regions does to a prediction, or to the contrast of two groups of tracks."""
+    from seqgraft.apply import attribute_run
     from seqgraft.attribute import AttributeConfig
-    from seqgraft.run import attribute_run
 
     parsed = _parsed(AttributeConfig, config, settings)
     made = attribute_run(folder, source, out, parsed, plots=plots, suffix=f".{figures}")
@@ -420,7 +420,7 @@ def embed(
     out: Annotated[Path, typer.Argument(help="Output .parquet.")],
 ) -> None:
     """Write the trunk's features for regions or sequences."""
-    from seqgraft.run import embed_run
+    from seqgraft.apply import embed_run
 
     _say(f"The embeddings are in {embed_run(folder, source, out)}.")
 
@@ -435,6 +435,7 @@ def sweep(
     settings: Settings = None,
 ) -> None:
     """Run an experiment over methods, settings and seeds, compare them, and write tables and a report."""
+    from seqgraft.errors import RunError
     from seqgraft.grids import read_sweep
     from seqgraft.report import write_report
     from seqgraft.sweep import plan_sweep, run_sweep
@@ -452,6 +453,8 @@ def sweep(
     swept = run_sweep(config, folder, workers=workers, ray=ray, tell=_say)
     _say(f"{swept.ran} cells were run, {swept.found} were there already, {swept.failed} failed.")
     _say(f"The tables are in {folder} (results, summary, tests), the report is {write_report(folder)}.")
+    if swept.failed:  # the column `message` of results says why
+        raise typer.Exit(RunError.exit_code)
 
 
 @app.command()
@@ -500,9 +503,9 @@ def export(
     """Merge a run's adapter and write a model that 'model.name' accepts."""
     from seqgraft.card import write_card
     from seqgraft.experiment import read_experiment
+    from seqgraft.export import export_run
     from seqgraft.models.folders import read_model
     from seqgraft.models.remote_code import allowing
-    from seqgraft.run import export_run
 
     text = _card_text(card)
     difference = export_run(folder, out, name=name, licence=licence, citation=citation, card=text, half=half)

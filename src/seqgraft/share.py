@@ -40,13 +40,14 @@ from seqgraft.data.dataset import (
 from seqgraft.data.seen import TRUNK_FOLDS
 from seqgraft.errors import ConfigError, DataError, ModelError, Problems
 from seqgraft.experiment import Experiment, build, parse_experiment, settings_of, write_yaml
+from seqgraft.export import trained_windows
 from seqgraft.genome import Genome
 from seqgraft.models.dryrun import shapes_alone
 from seqgraft.models.folders import TRUNKS, bundled_models
 from seqgraft.models.hub import is_hub_id
 from seqgraft.models.weights import ModelConfig, pretrained_of
 from seqgraft.repository import check_size, download, upload
-from seqgraft.run import Run, label_of, open_run, seeded_model, trained_windows
+from seqgraft.run import Run, label_of, open_run, seeded_model
 from seqgraft.share_card import write_card
 from seqgraft.tracks import TrackTable
 
@@ -276,7 +277,13 @@ def _fetch(source: str, folder: Path) -> None:
         place = Path(source)
         if missing := [name for name in NEEDED if not (place / name).exists()]:
             remedy = "Give a folder that 'seqgraft push --to' wrote, or OWNER/NAME@COMMIT"
-            raise ModelError("the folder holds no shared adapter, which has", missing, where=source, remedy=remedy)
+            if not place.is_dir():
+                raise ModelError(
+                    "there is no such folder, and no commit of a repository is named", where=source, remedy=remedy
+                )
+            raise ModelError(
+                "the folder holds no shared adapter; it lacks", ", ".join(missing), where=source, remedy=remedy
+            )
         for name in FILES:
             path = place / name
             if path.is_symlink() or (path.exists() and not path.is_file()):

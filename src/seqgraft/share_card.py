@@ -11,7 +11,7 @@ from typing import Any
 from seqgraft import __version__
 from seqgraft.models.hub import is_hub_id
 from seqgraft.report.page import RunFiles, read_run
-from seqgraft.report.scores import Key, Scores
+from seqgraft.report.scores import Key, Scores, intervals_in_words
 from seqgraft.repository import card_head
 from seqgraft.run import Run, label_of
 
@@ -124,7 +124,10 @@ def _scores_in_words(files: RunFiles) -> str:
     rows = ["| | " + " | ".join(heads) + " |", "|---|" + "---|" * len(keys)]
     ordered = [files.label, *(name for name in scores.models if name != files.label)]
     rows += ["| " + " | ".join([_plain(name), *(_score(scores, name, key) for key in keys)]) + " |" for name in ordered]
-    return "Means over tracks with 95 % bootstrap intervals, beside baselines on the same rows.\n\n" + "\n".join(rows)
+    known = "95 % bootstrap intervals in brackets"
+    found = [scores.get(name, key) for name in ordered for key in keys]
+    said = intervals_in_words((score.low for score in found if score), known)
+    return f"Means over tracks, beside baselines on the same rows; {said}.\n\n" + "\n".join(rows)
 
 
 def _score(scores: Scores, name: str, key: Key) -> str:

@@ -1,7 +1,7 @@
 """A run that is served: what can be asked of it, and how that is computed.
 
-Scores are those of ``run.score_run``, of the same settings and to the last digit; predictions and attributions are made
-by the functions that the commands call. Nothing is computed a second way.
+Scores are those of ``apply.score_run``, of the same settings and to the last digit; predictions and attributions are
+made by the functions that the commands call. Nothing is computed a second way.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
+from seqgraft.apply import check_replicates, inputs_of, layout_of, score_run
 from seqgraft.attribute import AttributeConfig, Attributions, attribute
 from seqgraft.data.augment import Augmentation
 from seqgraft.data.dataset import Dataset
@@ -26,7 +27,7 @@ from seqgraft.genome import Interval
 from seqgraft.models.masked import MaskedModel
 from seqgraft.predict import predict
 from seqgraft.progress import steps
-from seqgraft.run import Run, check_replicates, inputs_of, label_of, layout_of, score_run
+from seqgraft.run import Run, label_of
 from seqgraft.sequence import Codes
 from seqgraft.serve.answers import Column, Logo, Scores, Signal
 from seqgraft.serve.asked import Choice, Variants, write_vcf_of
