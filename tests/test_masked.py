@@ -215,7 +215,7 @@ def test_every_family_trains_on_hidden_tokens(settings: dict[str, Any], tmp_path
 def test_the_objective_is_the_sum_over_hidden_tokens() -> None:
     model = masked_model(CHARACTERS)
     objective = objective_for(model, 0.2)
-    sample = objective.draw(sample_of(bases(4, 50)), seed=3, step=1)
+    sample = objective.draw(sample_of(bases(4, 50)), seed=3, epoch=1)
     assert objective.weigh(sample).tolist() == [40.0]
     with torch.no_grad():
         logits = model(sample)

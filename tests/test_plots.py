@@ -91,11 +91,13 @@ def test_many_tracks_show_the_best_and_the_worst_and_say_so() -> None:
     assert inside(figure)
 
 
-def test_long_numbers_on_an_axis_stand_apart() -> None:
+@pytest.mark.parametrize("scale", [2e3, 1e5])
+def test_long_numbers_on_an_axis_stand_apart(scale: float) -> None:
     frame = scores(["a", "a_track_with_a_long_name"])
-    frame[["value", "low", "high"]] = 0.9994 + frame[["value", "low", "high"]] / 2000
+    frame[["value", "low", "high"]] = 0.9994 + frame[["value", "low", "high"]] / scale
     figure = metric_dots(frame, title="", xlabel="", highlight="LoRA")
     figure.draw_without_rendering()
+    assert figure.axes[0].xaxis.get_offset_text().get_text() == ""
     boxes = [label.get_window_extent() for label in figure.axes[0].get_xticklabels() if label.get_text()]
     assert len(boxes) > 1
     assert all(left.x1 < right.x0 for left, right in pairwise(sorted(boxes, key=lambda box: box.x0)))

@@ -97,16 +97,16 @@ class Joint:
         """Those of the examples."""
         return self.main.batches(rows, size, seed, epoch)
 
-    def draw(self, sample: Sample, seed: int, step: int) -> Sample:
+    def draw(self, sample: Sample, seed: int, epoch: int) -> Sample:
         """The sample with the regions that its examples bring."""
-        sample = self.main.draw(sample, seed, step)
-        brought = self._brought(seed, step)[sample.row.numpy()]
+        sample = self.main.draw(sample, seed, epoch)
+        brought = self._brought(seed, epoch)[sample.row.numpy()]
         regions = brought[brought >= 0]
         if regions.size:
-            return replace(sample, beside=self.sample(regions, seed, step))
+            return replace(sample, beside=self.sample(regions, seed, epoch))
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             # every process must use every parameter: one region that does not count
-            return replace(sample, beside=self.sample(self.regions[:1], seed, step).without_targets())
+            return replace(sample, beside=self.sample(self.regions[:1], seed, epoch).without_targets())
         return sample
 
     def sample(self, regions: npt.NDArray[np.int64], seed: int, epoch: int) -> Sample:

@@ -53,8 +53,8 @@ class Objective(Protocol):
         """The rows of each optimiser step of an epoch, a function of its arguments alone."""
         ...
 
-    def draw(self, sample: Sample, seed: int, step: int) -> Sample:
-        """What this draw asks of the sample, a function of (seed, step, rows) alone; nothing for most."""
+    def draw(self, sample: Sample, seed: int, epoch: int) -> Sample:
+        """What this draw asks of the sample, a function of (seed, epoch, rows) alone; nothing for most."""
         ...
 
     def weigh(self, sample: Sample) -> Tensor:
@@ -126,7 +126,7 @@ class Elementwise:
         """Shuffled rows in batches of ``size``, one of which may be smaller; of like length where lengths are known."""
         return _shuffled(rows, size, seed, epoch, self.lengths)
 
-    def draw(self, sample: Sample, seed: int, step: int) -> Sample:  # noqa: ARG002  (all is in the dataset)
+    def draw(self, sample: Sample, seed: int, epoch: int) -> Sample:  # noqa: ARG002  (all is in the dataset)
         return sample
 
     def weigh(self, sample: Sample) -> Tensor:
@@ -222,9 +222,9 @@ class MaskedTokens:
         """Shuffled rows in batches of ``size``, one of which may be smaller; of like length where lengths are known."""
         return _shuffled(rows, size, seed, epoch, self.lengths)
 
-    def draw(self, sample: Sample, seed: int, step: int) -> Sample:
+    def draw(self, sample: Sample, seed: int, epoch: int) -> Sample:
         """The sample with some of its tokens hidden."""
-        return self._hide(sample, seed, step, plain=False)
+        return self._hide(sample, seed, epoch, plain=False)
 
     def scored(self, sample: Sample) -> Sample:
         """The sample with those of its tokens hidden that scores are of: the same whatever the run, all masked."""

@@ -74,6 +74,7 @@ _STYLE: Any = {  # matplotlib types each key
     "axes.titlesize": 10.5,
     "axes.titlelocation": "left",
     "axes.titleweight": "bold",
+    "axes.formatter.useoffset": False,  # whole numbers at the ticks: a "+0.9998" below them falls on other text
     "axes.spines.top": False,
     "axes.spines.right": False,
     "xtick.color": INK,

@@ -253,7 +253,7 @@ def fit(
         )
         for number in bar:
             _set_learning_rates(optimizer, config, state.total_steps, steps_per_epoch * config.epochs)
-            draw = partial(objective.draw, seed=config.seed, step=state.epoch)
+            draw = partial(objective.draw, seed=config.seed, epoch=state.epoch)
             micro = list(
                 _micro_batches(dataset, batches[number], config, state.epoch, world, rank, device, cache, draw)
             )
