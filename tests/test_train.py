@@ -679,7 +679,7 @@ class PairDifference:
         even = len(values) // 2 * 2
         return values[0:even:2].mean(-1), values[1:even:2].mean(-1)
 
-    def draw(self, sample: Sample, seed: int, step: int) -> Sample:
+    def draw(self, sample: Sample, seed: int, epoch: int) -> Sample:
         return sample
 
     def weigh(self, sample: Sample) -> Tensor:
