@@ -102,7 +102,7 @@ def evaluate_masked(
         raise ConfigError("hidden tokens have no tracks that these settings are for", where="evaluate", remedy=remedy)
     rows = dataset.rows(fold)
     frequencies, chain = (None, None) if config.baselines == () else _fit(dataset, objective)
-    models = {label: model} | ({} if pretrained is None or config.baselines == () else {BEFORE: pretrained})
+    models = {label: model} | ({} if pretrained is None else {BEFORE: pretrained})
     parts: dict[str, list[TokenSums]] = {}
     starts = range(0, len(rows), config.batch_size)
     for start in progress(starts, f"predict {fold}", total=len(starts)):

@@ -349,7 +349,7 @@ def _evaluate_masked(run: Run, model: MaskedModel, fold: str | None) -> Evaluati
     assert isinstance(loss, MaskedTokens)  # as the model says
     objective, label = objectives.MaskedTokens(tokeniser_of(model.trunk), loss.share), label_of(run.experiment)
     before = None
-    if model.trunk.spec.weights is not None:
+    if model.trunk.spec.weights is not None and run.experiment.evaluate.baselines != ():
         before = build_masked(run.experiment.model, run.dataset.info).to(next(model.parameters()).device).eval()
     evaluation = evaluate_masked(
         model, run.dataset, run.experiment.evaluate, label, objective, fold=fold, pretrained=before
